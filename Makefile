@@ -1,0 +1,43 @@
+# Everything is built into one target directory outside the tree, so that several checkouts share it.
+export CARGO_TARGET_DIR ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/outrigger/target
+# rustup's proxies, when the shell has not been restarted since Rust was installed.
+export PATH := $(PATH):$(HOME)/.cargo/bin
+SHELL := /bin/bash
+
+.DEFAULT_GOAL := help
+.PHONY: help setup build filters demo test lint bench
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: ## install what building and testing need (demo, test, lint and bench do it themselves)
+	@scripts/setup.sh
+
+filters: setup
+	@echo "==> building the example filters for wasm32-wasip1"
+	@if [ -x filters/build.sh ]; then filters/build.sh; fi
+
+build: setup filters ## the three binaries, unoptimised
+	@echo "==> building outrigger-proxy, outrigger-control and outrigger into $$CARGO_TARGET_DIR/debug"
+	@cargo build --workspace --bins --locked
+
+demo: build ## a mesh of four services, with load and a live view; Ctrl-C stops it (ARGS=--check: unattended)
+	@"$$CARGO_TARGET_DIR/debug/outrigger" demo $(ARGS)
+
+test: build ## every test, end to end included; prints the ten slowest
+	@scripts/test.sh
+
+lint: setup ## format, clippy with warnings denied, layers, status table
+	@scripts/lint.sh
+
+bench: setup ## the comparison with Envoy, HAProxy and nginx (ARGS= for bench/bench.py)
+	@echo "==> building the release binaries"
+	@cargo build --workspace --bins --locked --release
+	@PATH="$$CARGO_TARGET_DIR/release:$$PATH" OUTRIGGER_BIN_DIR="$$CARGO_TARGET_DIR/release" \
+		"$$(scripts/setup.sh --venv)/bin/python" bench/bench.py $(ARGS)
+
+# Names that others may rely on already (DESIGN section 9), built in later steps.
+LATER := bench-scale bench-budget conformance conformance-wasm conformance-envoy sim fuzz
+.PHONY: $(LATER)
+$(LATER):
+	@echo "make $@: not built yet" >&2; exit 1
