@@ -1,1 +1,7 @@
-//! wip
+//! Outrigger's sidecar proxy. `docs/architecture.md` names each module and its owner.
+
+pub mod http;
+pub mod io;
+pub mod log;
+pub mod metrics;
+pub mod upstream;

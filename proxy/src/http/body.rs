@@ -1,0 +1,351 @@
+//! Bodies: what goes up, what comes down, and the buffer from which an attempt is repeated.
+
+use std::cell::RefCell;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use ::http::HeaderMap;
+use bytes::Bytes;
+use futures_util::task::AtomicWaker;
+use http_body::{Body, Frame, SizeHint};
+use hyper::body::Incoming;
+use tokio::time::Sleep;
+
+/// Any failure of a body; hyper closes or resets what it was part of.
+pub type BodyError = Box<dyn std::error::Error + Send + Sync>;
+
+/// How long a client that sent `Expect: 100-continue` is kept waiting for the upstream's word.
+const CONTINUE_AFTER: Duration = Duration::from_secs(1);
+
+/// What is sent to an endpoint.
+#[derive(Debug)]
+pub struct RequestBody {
+    source: Source,
+    /// Holds the body back: `Expect: 100-continue`
+    gate: Option<Gate>,
+}
+
+#[derive(Debug)]
+enum Source {
+    Empty,
+    Incoming(Incoming),
+    Replay { buffer: ReplayBuffer, position: usize, trailers_sent: bool, attempt: u64 },
+}
+
+impl RequestBody {
+    /// No body.
+    pub fn empty() -> Self {
+        Self { source: Source::Empty, gate: None }
+    }
+
+    /// The client's body, passed through untouched.
+    pub fn incoming(body: Incoming) -> Self {
+        Self { source: Source::Incoming(body), gate: None }
+    }
+
+    /// The body is not asked of the client before the gate opens.
+    #[must_use]
+    pub fn gated(mut self, gate: Gate) -> Self {
+        self.gate = Some(gate);
+        self
+    }
+}
+
+impl Body for RequestBody {
+    type Data = Bytes;
+    type Error = BodyError;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        if let Some(gate) = &mut self.gate {
+            std::task::ready!(gate.poll_open(cx));
+            self.gate = None;
+        }
+        match &mut self.source {
+            Source::Empty => Poll::Ready(None),
+            Source::Incoming(body) => Pin::new(body).poll_frame(cx).map_err(Into::into),
+            Source::Replay { buffer, position, trailers_sent, attempt } => {
+                buffer.poll_frame(cx, *attempt, position, trailers_sent)
+            }
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match &self.source {
+            Source::Empty => true,
+            Source::Incoming(body) => body.is_end_stream(),
+            Source::Replay { buffer, position, trailers_sent, .. } => buffer.is_end(*position, *trailers_sent),
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match &self.source {
+            Source::Empty => SizeHint::with_exact(0),
+            Source::Incoming(body) => body.size_hint(),
+            Source::Replay { buffer, .. } => buffer.0.borrow().size.clone(),
+        }
+    }
+}
+
+/// Opens at the upstream's `100 Continue`, or after one second (some servers never send it).
+#[derive(Debug)]
+pub struct Gate {
+    signal: Arc<Signal>,
+    after: Pin<Box<Sleep>>,
+}
+
+/// The other end of a [`Gate`].
+#[derive(Debug, Default)]
+pub struct Signal {
+    open: AtomicBool,
+    waker: AtomicWaker,
+}
+
+impl Signal {
+    /// The body may flow.
+    pub fn open(&self) {
+        self.open.store(true, Ordering::Release);
+        self.waker.wake();
+    }
+}
+
+impl Gate {
+    /// A gate and what opens it.
+    pub fn new() -> (Self, Arc<Signal>) {
+        let signal = Arc::<Signal>::default();
+        (Self { signal: signal.clone(), after: Box::pin(tokio::time::sleep(CONTINUE_AFTER)) }, signal)
+    }
+
+    fn poll_open(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        self.signal.waker.register(cx.waker());
+        if self.signal.open.load(Ordering::Acquire) {
+            return Poll::Ready(());
+        }
+        self.after.as_mut().poll(cx)
+    }
+}
+
+/// A request body that can be sent more than once, as long as it fits its limit. Clones are handles to the same buffer.
+#[derive(Debug, Clone)]
+pub struct ReplayBuffer(Rc<RefCell<Replay>>);
+
+#[derive(Debug)]
+struct Replay {
+    source: Option<Incoming>,
+    chunks: Vec<Bytes>,
+    trailers: Option<HeaderMap>,
+    buffered: usize,
+    limit: usize,
+    /// Bytes went out that were not kept: no other attempt can have them.
+    lost: bool,
+    /// The attempt that may read; earlier ones end with an error.
+    attempt: u64,
+    size: SizeHint,
+}
+
+impl ReplayBuffer {
+    /// A buffer over the client's body that keeps at most `limit` bytes.
+    pub fn new(source: Incoming, limit: usize) -> Self {
+        let size = source.size_hint();
+        Self(Rc::new(RefCell::new(Replay {
+            source: Some(source),
+            chunks: Vec::new(),
+            trailers: None,
+            buffered: 0,
+            limit,
+            lost: false,
+            attempt: 0,
+            size,
+        })))
+    }
+
+    /// Whether another attempt could have the whole body.
+    pub fn can_replay(&self) -> bool {
+        !self.0.borrow().lost
+    }
+
+    /// The body of the next attempt; the previous attempt's ends with an error.
+    pub fn attempt(&self) -> RequestBody {
+        let mut replay = self.0.borrow_mut();
+        replay.attempt += 1;
+        let source =
+            Source::Replay { buffer: self.clone(), position: 0, trailers_sent: false, attempt: replay.attempt };
+        RequestBody { source, gate: None }
+    }
+
+    fn is_end(&self, position: usize, trailers_sent: bool) -> bool {
+        let replay = self.0.borrow();
+        let source_ended = replay.source.as_ref().is_none_or(Body::is_end_stream);
+        source_ended && position == replay.chunks.len() && (trailers_sent || replay.trailers.is_none())
+    }
+
+    fn poll_frame(
+        &self,
+        cx: &mut Context<'_>,
+        attempt: u64,
+        position: &mut usize,
+        trailers_sent: &mut bool,
+    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        let mut replay = self.0.borrow_mut();
+        if attempt != replay.attempt {
+            return Poll::Ready(Some(Err("a later attempt has taken over the body".into())));
+        }
+        if let Some(chunk) = replay.chunks.get(*position) {
+            *position += 1;
+            return Poll::Ready(Some(Ok(Frame::data(chunk.clone()))));
+        }
+        let frame = match &mut replay.source {
+            Some(source) => std::task::ready!(Pin::new(source).poll_frame(cx)),
+            None => None,
+        };
+        let frame = match frame {
+            Some(Ok(frame)) => frame,
+            Some(Err(error)) => {
+                replay.lost = true;
+                return Poll::Ready(Some(Err(error.into())));
+            }
+            None => {
+                replay.source = None;
+                let again = replay.trailers.clone().filter(|_| !*trailers_sent);
+                *trailers_sent = true;
+                return Poll::Ready(again.map(|trailers| Ok(Frame::trailers(trailers))));
+            }
+        };
+        if let Some(data) = frame.data_ref() {
+            if replay.keep(data) {
+                *position += 1;
+            } else {
+                *position = 0;
+            }
+        } else if let Some(trailers) = frame.trailers_ref() {
+            replay.trailers = Some(trailers.clone());
+            *trailers_sent = true;
+        }
+        Poll::Ready(Some(Ok(frame)))
+    }
+}
+
+impl Replay {
+    /// Keeps a chunk, or gives the buffer up for good.
+    fn keep(&mut self, data: &Bytes) -> bool {
+        self.buffered = self.buffered.saturating_add(data.len());
+        if self.lost || self.buffered > self.limit {
+            self.lost = true;
+            self.chunks = Vec::new();
+            return false;
+        }
+        self.chunks.push(data.clone());
+        true
+    }
+}
+
+/// Is told what passed and how it ended: the end of an exchange is the end of its body.
+pub trait Tail {
+    /// Bytes of one data frame
+    fn data(&mut self, bytes: usize);
+    /// The body ended well; with trailers where there were some
+    fn end(&mut self, trailers: Option<&HeaderMap>);
+    /// The endpoint broke the body off
+    fn broken(&mut self);
+}
+
+/// What is sent to a client.
+pub struct ResponseBody {
+    source: Response,
+}
+
+enum Response {
+    Full(Option<Bytes>),
+    /// Boxed: hyper keeps a body in each connection, and most of them are idle.
+    Upstream(Box<Upstream>),
+}
+
+struct Upstream {
+    body: Incoming,
+    /// Dropped without an end: the client went away.
+    tail: Option<Box<dyn Tail>>,
+}
+
+impl std::fmt::Debug for ResponseBody {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("ResponseBody")
+    }
+}
+
+impl ResponseBody {
+    /// A whole body.
+    pub fn full(bytes: Bytes) -> Self {
+        Self { source: Response::Full((!bytes.is_empty()).then_some(bytes)) }
+    }
+
+    /// An endpoint's body, watched by a tail. A body that has ended already ends the tail at once.
+    pub fn upstream(body: Incoming, mut tail: Box<dyn Tail>) -> Self {
+        if body.is_end_stream() {
+            tail.end(None);
+            return Self::full(Bytes::new());
+        }
+        Self { source: Response::Upstream(Box::new(Upstream { body, tail: Some(tail) })) }
+    }
+}
+
+impl Body for ResponseBody {
+    type Data = Bytes;
+    type Error = BodyError;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        let upstream = match &mut self.source {
+            Response::Full(bytes) => return Poll::Ready(bytes.take().map(|bytes| Ok(Frame::data(bytes)))),
+            Response::Upstream(upstream) => upstream,
+        };
+        let frame = std::task::ready!(Pin::new(&mut upstream.body).poll_frame(cx));
+        upstream.watch(frame.as_ref());
+        Poll::Ready(frame.map(|frame| frame.map_err(Into::into)))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match &self.source {
+            Response::Full(bytes) => bytes.is_none(),
+            Response::Upstream(upstream) => upstream.body.is_end_stream(),
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match &self.source {
+            Response::Full(bytes) => SizeHint::with_exact(bytes.as_ref().map_or(0, |bytes| bytes.len() as u64)),
+            Response::Upstream(upstream) => upstream.body.size_hint(),
+        }
+    }
+}
+
+impl Upstream {
+    fn watch(&mut self, frame: Option<&Result<Frame<Bytes>, hyper::Error>>) {
+        let Some(tail) = &mut self.tail else { return };
+        let ended = match frame {
+            None => true,
+            Some(Err(_)) => {
+                tail.broken();
+                self.tail = None;
+                return;
+            }
+            Some(Ok(frame)) => {
+                if let Some(data) = frame.data_ref() {
+                    tail.data(data.len());
+                }
+                if let Some(trailers) = frame.trailers_ref() {
+                    tail.end(Some(trailers));
+                    self.tail = None;
+                    return;
+                }
+                // hyper does not poll again after the last byte of a known length.
+                self.body.is_end_stream()
+            }
+        };
+        if ended {
+            tail.end(None);
+            self.tail = None;
+        }
+    }
+}
