@@ -1,5 +1,6 @@
 //! Outrigger's sidecar proxy. `docs/architecture.md` names each module and its owner.
 
+pub mod filter;
 pub mod http;
 pub mod io;
 pub mod log;
