@@ -1,1 +1,9 @@
-//! wip
+//! Outrigger's control plane: reads what users write, compiles it for each proxy that asks, signs certificates, and
+//! keeps the workloads that registered.
+//!
+//! The way of a change: [`source`] (files) → [`store`] (last good version of each resource) → [`mesh`] (one catalog,
+//! published by one swap) → [`delta`] (per stream: what must be sent) → [`discovery`] (gRPC).
+
+pub mod durable;
+pub mod peer;
+pub mod refusals;
