@@ -34,7 +34,7 @@ pub(crate) fn check_regex(pattern: &str) -> Result<(), String> {
 }
 
 /// A value read from a scalar by `FromStr`; numbers are read by their text.
-pub(crate) struct Scalar<T>(PhantomData<T>);
+pub(crate) struct Scalar<T>(pub(crate) PhantomData<T>);
 
 impl<'de, T: FromStr<Err = String>> Visitor<'de> for Scalar<T> {
     type Value = T;
@@ -63,16 +63,16 @@ impl<'de, T: FromStr<Err = String>> Visitor<'de> for Scalar<T> {
 /// `Deserialize` through [`Scalar`] for types with `FromStr<Err = String>`.
 macro_rules! scalar {
     ($($name:ty),*) => {
-        $(impl<'de> Deserialize<'de> for $name {
-            fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-                deserializer.deserialize_any(Scalar::<Self>(PhantomData))
+        $(impl<'de> serde::Deserialize<'de> for $name {
+            fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+                deserializer.deserialize_any($crate::resource::value::Scalar::<Self>(std::marker::PhantomData))
             }
         })*
     };
 }
 pub(crate) use scalar;
 
-scalar!(Millis, Size, Percent, Label, Subdomain, Port, Pattern, Method, HeaderName, HeaderText, Principal, Glob, Block);
+scalar!(Millis, Size, Percent, Label, Subdomain, Port, Method, HeaderName, HeaderText, Principal, Glob, Block);
 
 /// A duration in milliseconds: `250ms`, `1s`, `1h30m`, `24h`, `1d`. `0s` is zero.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -207,18 +207,6 @@ impl FromStr for Port {
     fn from_str(text: &str) -> Result<Self, String> {
         let port = text.parse().ok().filter(|port| *port != 0);
         port.map(Self).ok_or_else(|| format!("`{text}` is not a port from 1 to 65535"))
-    }
-}
-
-/// A regular expression that compiles
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Pattern(pub(crate) String);
-
-impl FromStr for Pattern {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        check_regex(text).map(|()| Self(text.to_owned()))
     }
 }
 

@@ -1,0 +1,174 @@
+//! `WasmFilter`: a module and where it runs.
+
+use std::collections::BTreeMap;
+
+use serde::Deserialize;
+use serde_json::Value;
+
+use super::decode::{Bad, decode};
+use super::meta::{Target, TargetRef, targets};
+use super::value::{Millis, NotYet, Size};
+
+/// A WasmFilter. Durations in milliseconds, sizes in bytes; defaults applied.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[allow(missing_docs)] // The names are those of the YAML.
+pub struct WasmFilter {
+    pub targets: Vec<Target>,
+    pub outbound: bool,
+    pub order: i32,
+    /// Path, joined to the directory of the YAML file where it is relative
+    pub module: String,
+    /// Hex digest that the module must have
+    pub sha256: Option<String>,
+    pub root_id: String,
+    pub configuration: String,
+    pub fail_open: bool,
+    pub vm_id: String,
+    pub vm_configuration: String,
+    pub environment: BTreeMap<String, String>,
+    pub memory: u64,
+    pub call_time: u64,
+    pub body: u64,
+    pub backoff: u64,
+    pub max_backoff: u64,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct Spec {
+    target_refs: Vec<TargetRef>,
+    #[serde(default)]
+    direction: Direction,
+    #[serde(default)]
+    order: i32,
+    module: Module,
+    #[serde(default)]
+    root_id: String,
+    #[serde(default)]
+    configuration: Value,
+    #[serde(default)]
+    failure_policy: FailurePolicy,
+    #[serde(rename = "upstreams")]
+    _upstreams: Option<NotYet>,
+    #[serde(default)]
+    vm: Vm,
+    #[serde(default)]
+    limits: Limits,
+    #[serde(default)]
+    restart: Restart,
+}
+
+#[derive(Debug, Deserialize, Default, PartialEq)]
+enum Direction {
+    #[default]
+    Inbound,
+    Outbound,
+}
+
+#[derive(Debug, Deserialize, Default, PartialEq)]
+enum FailurePolicy {
+    FailOpen,
+    #[default]
+    FailClosed,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Module {
+    file: String,
+    sha256: Option<String>,
+    #[serde(rename = "url")]
+    _url: Option<NotYet>,
+    #[serde(rename = "oci")]
+    _oci: Option<NotYet>,
+}
+
+#[derive(Debug, Deserialize, Default)]
+#[serde(deny_unknown_fields, default)]
+struct Vm {
+    id: String,
+    configuration: Value,
+    environment: BTreeMap<String, String>,
+}
+
+#[derive(Debug, Deserialize, Default)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+struct Limits {
+    memory: Option<Size>,
+    call_time: Option<Millis>,
+    body: Option<Size>,
+    #[serde(rename = "cpuShare")]
+    _cpu_share: Option<NotYet>,
+    #[serde(rename = "callouts")]
+    _callouts: Option<NotYet>,
+}
+
+#[derive(Debug, Deserialize, Default)]
+#[serde(deny_unknown_fields, default)]
+struct Restart {
+    backoff: Option<Millis>,
+    max: Option<Millis>,
+}
+
+pub(crate) fn read(spec: &Value, namespace: &str, yaml: &str) -> Result<WasmFilter, Bad> {
+    let spec: Spec = decode(spec, "spec", &[])?;
+    let targets = targets(spec.target_refs, "spec.targetRefs", namespace)?;
+    if let Some(index) = targets.iter().position(|target| matches!(target, Target::Route { .. })) {
+        let field = format!("spec.targetRefs[{index}].kind");
+        return Err(Bad::new(field, "a filter on a route is not supported yet; Service and Namespace are"));
+    }
+    if spec.module.file.is_empty() {
+        return Err(Bad::new("spec.module.file", "missing; it is required"));
+    }
+    let sha256 = spec.module.sha256.map(|digest| digest.to_ascii_lowercase());
+    if let Some(digest) = sha256.as_ref().filter(|digest| digest.len() != 64 || hex::decode(digest).is_err()) {
+        return Err(Bad::new("spec.module.sha256", format!("`{digest}` is not 64 hexadecimal digits")));
+    }
+    let memory = spec.limits.memory.map_or(16 << 20, |size| size.0);
+    if memory < 1 << 16 {
+        return Err(Bad::new("spec.limits.memory", "less than one page of WebAssembly (64Ki)"));
+    }
+    let call_time = spec.limits.call_time.map_or(5, |time| time.0);
+    if call_time == 0 {
+        return Err(Bad::new("spec.limits.callTime", "a call needs a limit; write a duration above 0s"));
+    }
+    let backoff = spec.restart.backoff.map_or(1_000, |time| time.0);
+    let max_backoff = spec.restart.max.map_or(60_000.max(backoff), |time| time.0);
+    if backoff > max_backoff {
+        return Err(Bad::new("spec.restart.backoff", "longer than restart.max"));
+    }
+    Ok(WasmFilter {
+        targets,
+        outbound: spec.direction == Direction::Outbound,
+        order: spec.order,
+        module: relative_to(yaml, &spec.module.file),
+        sha256,
+        root_id: spec.root_id,
+        configuration: text(&spec.configuration),
+        fail_open: spec.failure_policy == FailurePolicy::FailOpen,
+        vm_id: spec.vm.id,
+        vm_configuration: text(&spec.vm.configuration),
+        environment: spec.vm.environment,
+        memory,
+        call_time,
+        body: spec.limits.body.map_or(64 << 10, |size| size.0),
+        backoff,
+        max_backoff,
+    })
+}
+
+/// A string is given to the filter as it is, anything else as JSON, and nothing as nothing.
+fn text(configuration: &Value) -> String {
+    match configuration {
+        Value::Null => String::new(),
+        Value::String(text) => text.clone(),
+        other => other.to_string(),
+    }
+}
+
+fn relative_to(yaml: &str, file: &str) -> String {
+    match yaml.rsplit_once('/') {
+        Some((directory, _)) if !file.starts_with('/') => format!("{directory}/{}", file.trim_start_matches("./")),
+        _ => file.to_owned(),
+    }
+}

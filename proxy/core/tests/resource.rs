@@ -1,0 +1,302 @@
+//! YAML in, resources and rejections out.
+
+#![allow(missing_docs)]
+
+use outrigger_core::resource::{Closed, Closes, Parsed, Rejection, Resource, parse, parse_at};
+
+fn only_rejection(text: &str) -> Rejection {
+    let Parsed { resources, mut rejections, skipped } = parse("shop.yaml", text);
+    assert!(resources.is_empty() && skipped.is_empty(), "{text}\n{resources:?} {skipped:?}");
+    assert_eq!(rejections.len(), 1, "{text}\n{rejections:?}");
+    rejections.remove(0)
+}
+
+/// A document of ours with this spec.
+fn ours(kind: &str, spec: &str) -> String {
+    let meta = if kind == "MeshConfig" { "{name: x}" } else { "{name: x, namespace: demo}" };
+    format!("apiVersion: outrigger.dev/v1alpha1\nkind: {kind}\nmetadata: {meta}\nspec:\n{spec}\n")
+}
+
+fn http_route(rule: &str) -> String {
+    format!(
+        "apiVersion: gateway.networking.k8s.io/v1\nkind: HTTPRoute\nmetadata: {{name: x, namespace: demo}}\nspec:\n  parentRefs: [{{group: '', kind: Service, name: reviews}}]\n  rules:\n{rule}\n"
+    )
+}
+
+#[test]
+fn every_kind_of_the_reference_is_read() {
+    let parsed = parse("kinds.yaml", include_str!("data/kinds.yaml"));
+    assert_eq!(parsed.rejections, []);
+    let kinds: Vec<_> = parsed.resources.iter().map(|loaded| loaded.id.to_string()).collect();
+    assert_eq!(
+        kinds,
+        [
+            "MeshConfig default",
+            "Workload demo/ratings-0",
+            "TrafficPolicy demo/reviews",
+            "MtlsPolicy demo/strict",
+            "AuthorizationPolicy demo/reviews",
+            "WasmFilter demo/cohort"
+        ]
+    );
+}
+
+#[test]
+fn the_mesh_conformance_manifests_are_read() {
+    let mut routes = 0;
+    for entry in std::fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/gateway-api")).unwrap() {
+        let path = entry.unwrap().path();
+        let parsed = parse(&path.display().to_string(), &std::fs::read_to_string(&path).unwrap());
+        assert_eq!(parsed.rejections, [], "{path:?}");
+        assert!(parsed.skipped.iter().all(|skipped| skipped.kind == "Deployment"), "{:?}", parsed.skipped);
+        assert!(!parsed.resources.is_empty(), "{path:?}");
+        routes += parsed.resources.iter().filter(|loaded| matches!(loaded.resource, Resource::Route(_))).count();
+    }
+    assert!(routes >= 21, "{routes}");
+}
+
+#[test]
+fn a_bad_document_does_not_take_its_neighbours_along() {
+    let text = "# first\napiVersion: v1\nkind: Namespace\nmetadata: {name: a}\n---\nkind: [broken\n---\n\napiVersion: v1\nkind: Namespace\nmetadata: {name: b}\n";
+    let parsed = parse("shop.yaml", text);
+    let found: Vec<_> = parsed.resources.iter().map(|loaded| (loaded.id.name.as_str(), loaded.line)).collect();
+    assert_eq!(found, [("a", 2), ("b", 9)]);
+    assert_eq!(parsed.rejections.len(), 1);
+    assert!(parsed.rejections[0].reason.starts_with("not valid YAML: "), "{}", parsed.rejections[0]);
+    assert!((6..=7).contains(&parsed.rejections[0].line), "{}", parsed.rejections[0]);
+}
+
+#[test]
+fn a_kept_document_reads_as_it_did() {
+    let text = format!("---\n{}", ours("MtlsPolicy", "  mode: Strict"));
+    let loaded = parse("shop.yaml", &text).resources.remove(0);
+    let again = parse_at(&loaded.file, loaded.line, &loaded.document).resources.remove(0);
+    assert_eq!((again.id, again.line, again.document), (loaded.id, loaded.line, loaded.document));
+}
+
+#[test]
+fn rejections_name_line_field_and_remedy() {
+    let route_line = |rule: &str| http_route(rule);
+    for (text, line, field, reason) in [
+        (
+            ours("TrafficPolicy", "  targetRefs: [{kind: Service, name: a}]\n  timeout: {request: 1s}"),
+            6,
+            "spec.timeout",
+            "unknown field; did you mean `timeouts`?",
+        ),
+        (
+            ours("TrafficPolicy", "  targetRefs: [{kind: Service, name: a}]\n  timeouts:\n    request: fast"),
+            7,
+            "spec.timeouts.request",
+            "`fast` is not a duration; write one like 250ms, 1s, 5m or 1h30m",
+        ),
+        (
+            ours("TrafficPolicy", "  targetRefs: [{kind: Service, name: a}]\n  healthCheck: {}"),
+            6,
+            "spec.healthCheck",
+            "not supported yet; remove it",
+        ),
+        (
+            ours("TrafficPolicy", "  targetRefs: [{kind: Service, name: a}]\n  loadBalancer: {algorithm: Maglev}"),
+            6,
+            "spec.loadBalancer.algorithm",
+            "Maglev is not supported yet",
+        ),
+        (
+            ours("TrafficPolicy", "  targetRefs: [{kind: Service, name: a}]\n  loadBalancer: {algorithm: PeakEWMA}"),
+            6,
+            "spec.loadBalancer.algorithm",
+            "`PeakEWMA` is not one of PeakEwma, LeastRequest, RoundRobin, Random, Maglev; did you mean `PeakEwma`?",
+        ),
+        (ours("TrafficPolicy", "  retries: {attempts: 1}"), 4, "spec.targetRefs", "missing; it is required"),
+        (
+            ours("TrafficPolicy", "  targetRefs: [{kind: Service, name: a}]\n  retries:\n    on: [reset, 404]"),
+            7,
+            "spec.retries.on[1]",
+            "`404` is no reason to retry; write connect-failure, reset, a status from 500 to 599 or 429, or grpc-<code> as grpc-unavailable",
+        ),
+        (
+            ours(
+                "TrafficPolicy",
+                "  targetRefs: [{group: gateway.networking.k8s.io, kind: HTTPRoute, name: a}]\n  circuitBreaker: {maxRequests: 1}",
+            ),
+            6,
+            "spec.circuitBreaker",
+            "belongs to a Service or Namespace, not to a route; put it into a policy of its own",
+        ),
+        (
+            ours("MeshConfig", "  tracing: {otlp: http://127.0.0.1:4317}"),
+            5,
+            "spec.tracing.otlp",
+            "not supported yet; remove it",
+        ),
+        (
+            ours("MeshConfig", "  meshRanges: [10.0.0.0/33]"),
+            5,
+            "spec.meshRanges[0]",
+            "`10.0.0.0/33` is not a CIDR block or an IP address",
+        ),
+        (
+            ours("WasmFilter", "  targetRefs: [{kind: Service, name: a}]\n  module: {url: http://x}"),
+            6,
+            "spec.module.url",
+            "not supported yet; remove it",
+        ),
+        (
+            ours("Workload", "  address: 127.0.0.1\n  ports: [{port: 70000}]"),
+            6,
+            "spec.ports[0].port",
+            "`70000` is not a port from 1 to 65535",
+        ),
+        (ours("Rollout", "  service: reviews"), 2, "kind", "Rollout is not supported yet; remove it"),
+        (ours("TraficPolicy", "  a: 1"), 2, "kind", "unknown kind `TraficPolicy`; did you mean `TrafficPolicy`?"),
+        (
+            "apiVersion: gateway.networking.k8s.io/v1alpha2\nkind: HTTPRoute\nmetadata: {name: x}\n".into(),
+            1,
+            "apiVersion",
+            "HTTPRoute has no version `v1alpha2`; write `gateway.networking.k8s.io/v1` or `v1beta1`",
+        ),
+        (
+            "apiVersion: v1\nkind: Sevice\nmetadata: {name: x}\n".into(),
+            2,
+            "kind",
+            "unknown kind `Sevice`; did you mean `Service`?",
+        ),
+        (
+            "apiVersion: outriger.dev/v1alpha1\nkind: MeshConfig\nmetadata: {name: x}\n".into(),
+            1,
+            "apiVersion",
+            "unknown group `outriger.dev`; did you mean `outrigger.dev`?",
+        ),
+        (
+            "apiVersion: v1\nkind: Service\nmetadata: {name: x}\nspec:\n  ports:\n  - port: 80\n    targetport: 8080\n"
+                .into(),
+            7,
+            "spec.ports[0].targetport",
+            "unknown field; did you mean `targetPort`?",
+        ),
+        (
+            "apiVersion: v1\nkind: Service\nmetadata: {name: x}\nspec:\n  ports:\n  - port: eighty\n".into(),
+            6,
+            "spec.ports[0].port",
+            "invalid type: string \"eighty\", expected i32",
+        ),
+        ("kind: Service\nmetadata: {name: x}\n".into(), 1, "apiVersion", "missing; it is required"),
+        (
+            "apiVersion: v1\nkind: Service\nmetadata:\n  name: Reviews\n".into(),
+            4,
+            "metadata.name",
+            "`Reviews` is not a DNS label (lower-case letters, digits and -, at most 63)",
+        ),
+        (
+            route_line("  - backendRefs: [{name: a, port: 80, weight: 1000001}]"),
+            7,
+            "spec.rules[0].backendRefs[0].weight",
+            "1000001 is more than 1000000",
+        ),
+        (
+            route_line("  - backendRefs: [{name: a}]"),
+            7,
+            "spec.rules[0].backendRefs[0].port",
+            "missing; a Service as backend needs its port",
+        ),
+        (route_line("  - retry: {attempts: 1}"), 7, "spec.rules[0].retry", "not supported yet; remove it"),
+        (
+            route_line("  - filters:\n    - type: RequestMirror"),
+            8,
+            "spec.rules[0].filters[0].type",
+            "RequestMirror is not supported yet; remove the filter",
+        ),
+        (
+            route_line("  - matches:\n    - path: {type: RegularExpression, value: '/(a'}"),
+            8,
+            "spec.rules[0].matches[0].path.value",
+            "unclosed group",
+        ),
+        (
+            route_line("  - matches:\n    - path: {value: reviews}"),
+            8,
+            "spec.rules[0].matches[0].path.value",
+            "`reviews` does not begin with /",
+        ),
+        (
+            route_line("  - matches:\n    - method: get"),
+            8,
+            "spec.rules[0].matches[0].method",
+            "`get` is not an HTTP method; methods are written in capitals",
+        ),
+        (
+            route_line("  - filters:\n    - type: RequestRedirect\n      requestRedirect: {statusCode: 200}"),
+            9,
+            "spec.rules[0].filters[0].requestRedirect.statusCode",
+            "200 is not one of 301, 302, 303, 307, 308",
+        ),
+        (
+            route_line("  - timeouts: {request: 1s, backendRequest: 2s}"),
+            7,
+            "spec.rules[0].timeouts.backendRequest",
+            "longer than timeouts.request",
+        ),
+    ] {
+        let rejection = only_rejection(&text);
+        assert_eq!(
+            (rejection.line, rejection.field.as_str(), rejection.reason.as_str()),
+            (line, field, reason),
+            "{text}"
+        );
+    }
+}
+
+#[test]
+fn a_rejection_reads_as_one_line() {
+    let rejection = only_rejection(&ours("MtlsPolicy", "  mode: Strickt"));
+    assert_eq!(
+        rejection.to_string(),
+        "shop.yaml:5: MtlsPolicy demo/x: spec.mode: `Strickt` is not one of Strict, Permissive, Disabled; did you mean `Strict`?"
+    );
+}
+
+#[test]
+fn policies_that_cannot_be_read_say_what_they_close() {
+    let closes = |what, selector: Option<&str>| {
+        let selector = selector.map(|app| [("app".to_owned(), app.to_owned())].into());
+        Some(Closes { what, namespace: "demo".into(), selector })
+    };
+    let jwt = "  selector: {matchLabels: {app: reviews}}\n  rules: [{when: [{jwt: {claim: a}}]}]";
+    let syntax = "apiVersion: outrigger.dev/v1alpha1\nkind: AuthorizationPolicy\nmetadata: {name: x, namespace: demo}\nspec: [\n";
+    for (text, expected) in [
+        (ours("AuthorizationPolicy", jwt), closes(Closed::Authorization, Some("reviews"))),
+        (ours("AuthorizationPolicy", "  selector: {matchlabels: {app: a}}"), closes(Closed::Authorization, None)),
+        (ours("MtlsPolicy", "  mode: Nope"), closes(Closed::Mtls, None)),
+        (ours("AuthorisationPolicy", "  rules: [{}]"), closes(Closed::Authorization, None)),
+        (syntax.to_owned(), closes(Closed::Authorization, None)),
+        (ours("TrafficPolicy", "  nope: 1"), None),
+    ] {
+        assert_eq!(only_rejection(&text).closes, expected, "{text}");
+    }
+    let broken = only_rejection(syntax);
+    assert_eq!(
+        (broken.kind.as_str(), broken.namespace.as_str(), broken.name.as_str()),
+        ("AuthorizationPolicy", "demo", "x")
+    );
+}
+
+#[test]
+fn what_is_not_for_the_mesh_is_skipped_with_a_line() {
+    let gateway = "apiVersion: gateway.networking.k8s.io/v1\nkind: HTTPRoute\nmetadata: {name: x}\nspec: {parentRefs: [{name: gw}]}\n";
+    for text in [
+        "apiVersion: apps/v1\nkind: Deployment\nmetadata: {name: x}\n",
+        "apiVersion: v1\nkind: ConfigMap\nmetadata: {name: x}\n",
+        "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: x}\n",
+        "apiVersion: gateway.networking.k8s.io/v1\nkind: Gateway\nmetadata: {name: x}\n",
+        gateway,
+    ] {
+        let parsed = parse("shop.yaml", text);
+        assert!(parsed.resources.is_empty() && parsed.rejections.is_empty(), "{text} {:?}", parsed.rejections);
+        assert_eq!(parsed.skipped.len(), 1, "{text}");
+    }
+    assert_eq!(
+        parse("shop.yaml", gateway).skipped[0].to_string(),
+        "shop.yaml:1: HTTPRoute x: skipped: no parentRef is a Service; routes of gateways are not the mesh's"
+    );
+}
