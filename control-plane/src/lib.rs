@@ -4,6 +4,7 @@
 //! The way of a change: [`source`] (files) → [`store`] (last good version of each resource) → [`mesh`] (one catalog,
 //! published by one swap) → [`delta`] (per stream: what must be sent) → [`discovery`] (gRPC).
 
+pub mod delta;
 pub mod durable;
 pub mod peer;
 pub mod refusals;
