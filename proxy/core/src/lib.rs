@@ -20,3 +20,4 @@ pub mod reason;
 pub mod resource;
 pub mod retry;
 pub mod route;
+pub mod spiffe;

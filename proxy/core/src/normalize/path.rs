@@ -1,0 +1,2 @@
+//! Canonical paths.
+pub fn canonical() {}
