@@ -10,6 +10,7 @@
 pub mod authz;
 pub mod balance;
 pub mod breaker;
+pub mod chain;
 pub mod compile;
 pub mod detect;
 pub mod key;
