@@ -2,7 +2,9 @@
 
 pub mod filter;
 pub mod http;
+pub mod identity;
 pub mod io;
 pub mod log;
 pub mod metrics;
+pub mod tls;
 pub mod upstream;
