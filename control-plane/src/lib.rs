@@ -8,3 +8,5 @@ pub mod delta;
 pub mod durable;
 pub mod peer;
 pub mod refusals;
+pub mod source;
+pub mod store;
