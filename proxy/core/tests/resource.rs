@@ -74,10 +74,18 @@ fn a_kept_document_reads_as_it_did() {
     assert_eq!((again.id, again.line, again.document), (loaded.id, loaded.line, loaded.document));
 }
 
+/// Each document is rejected at this line and field, with this reason.
+fn check<const N: usize>(cases: [(String, u32, &str, &str); N]) {
+    for (text, line, field, reason) in cases {
+        let rejection = only_rejection(&text);
+        let found = (rejection.line, rejection.field.as_str(), rejection.reason.as_str());
+        assert_eq!(found, (line, field, reason), "{text}");
+    }
+}
+
 #[test]
-fn rejections_name_line_field_and_remedy() {
-    let route_line = |rule: &str| http_route(rule);
-    for (text, line, field, reason) in [
+fn traffic_policies_are_rejected_with_line_field_and_remedy() {
+    check([
         (
             ours("TrafficPolicy", "  targetRefs: [{kind: Service, name: a}]\n  timeout: {request: 1s}"),
             6,
@@ -124,6 +132,12 @@ fn rejections_name_line_field_and_remedy() {
             "spec.circuitBreaker",
             "belongs to a Service or Namespace, not to a route; put it into a policy of its own",
         ),
+    ]);
+}
+
+#[test]
+fn other_policies_are_rejected_with_line_field_and_remedy() {
+    check([
         (
             ours("MeshConfig", "  tracing: {otlp: http://127.0.0.1:4317}"),
             5,
@@ -148,6 +162,12 @@ fn rejections_name_line_field_and_remedy() {
             "spec.ports[0].port",
             "`70000` is not a port from 1 to 65535",
         ),
+    ]);
+}
+
+#[test]
+fn kinds_and_services_are_rejected_with_line_field_and_remedy() {
+    check([
         (ours("Rollout", "  service: reviews"), 2, "kind", "Rollout is not supported yet; remove it"),
         (ours("TraficPolicy", "  a: 1"), 2, "kind", "unknown kind `TraficPolicy`; did you mean `TrafficPolicy`?"),
         (
@@ -188,63 +208,62 @@ fn rejections_name_line_field_and_remedy() {
             "metadata.name",
             "`Reviews` is not a DNS label (lower-case letters, digits and -, at most 63)",
         ),
+    ]);
+}
+
+#[test]
+fn routes_are_rejected_with_line_field_and_remedy() {
+    check([
         (
-            route_line("  - backendRefs: [{name: a, port: 80, weight: 1000001}]"),
+            http_route("  - backendRefs: [{name: a, port: 80, weight: 1000001}]"),
             7,
             "spec.rules[0].backendRefs[0].weight",
             "1000001 is more than 1000000",
         ),
         (
-            route_line("  - backendRefs: [{name: a}]"),
+            http_route("  - backendRefs: [{name: a}]"),
             7,
             "spec.rules[0].backendRefs[0].port",
             "missing; a Service as backend needs its port",
         ),
-        (route_line("  - retry: {attempts: 1}"), 7, "spec.rules[0].retry", "not supported yet; remove it"),
+        (http_route("  - retry: {attempts: 1}"), 7, "spec.rules[0].retry", "not supported yet; remove it"),
         (
-            route_line("  - filters:\n    - type: RequestMirror"),
+            http_route("  - filters:\n    - type: RequestMirror"),
             8,
             "spec.rules[0].filters[0].type",
             "RequestMirror is not supported yet; remove the filter",
         ),
         (
-            route_line("  - matches:\n    - path: {type: RegularExpression, value: '/(a'}"),
+            http_route("  - matches:\n    - path: {type: RegularExpression, value: '/(a'}"),
             8,
             "spec.rules[0].matches[0].path.value",
             "unclosed group",
         ),
         (
-            route_line("  - matches:\n    - path: {value: reviews}"),
+            http_route("  - matches:\n    - path: {value: reviews}"),
             8,
             "spec.rules[0].matches[0].path.value",
             "`reviews` does not begin with /",
         ),
         (
-            route_line("  - matches:\n    - method: get"),
+            http_route("  - matches:\n    - method: get"),
             8,
             "spec.rules[0].matches[0].method",
             "`get` is not an HTTP method; methods are written in capitals",
         ),
         (
-            route_line("  - filters:\n    - type: RequestRedirect\n      requestRedirect: {statusCode: 200}"),
+            http_route("  - filters:\n    - type: RequestRedirect\n      requestRedirect: {statusCode: 200}"),
             9,
             "spec.rules[0].filters[0].requestRedirect.statusCode",
             "200 is not one of 301, 302, 303, 307, 308",
         ),
         (
-            route_line("  - timeouts: {request: 1s, backendRequest: 2s}"),
+            http_route("  - timeouts: {request: 1s, backendRequest: 2s}"),
             7,
             "spec.rules[0].timeouts.backendRequest",
             "longer than timeouts.request",
         ),
-    ] {
-        let rejection = only_rejection(&text);
-        assert_eq!(
-            (rejection.line, rejection.field.as_str(), rejection.reason.as_str()),
-            (line, field, reason),
-            "{text}"
-        );
-    }
+    ]);
 }
 
 #[test]

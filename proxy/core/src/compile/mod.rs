@@ -2,18 +2,30 @@
 //! resources; [`Catalog::answer`] compiles one answer on demand, so that a mesh of 5,000 services costs a proxy (and the
 //! control plane) only what is asked for. Equal inputs give equal bytes and so equal versions.
 
+mod inbound;
+mod index;
+mod instance;
+mod policy;
 mod rows;
+mod service;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
 use std::sync::Arc;
 
 use bytes::Bytes;
+use outrigger_proto::{mesh, type_url};
+use prost::Message;
 use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
 
-use crate::key::Key;
+use crate::key::{Key, Named, ServiceKey, canonicalise};
+use instance::{shard_count, shard_of};
+
+pub use index::Catalog;
 pub use rows::{EndpointRow, RouteBackendRow, RouteRow, ServicePortRow, ServiceRow};
 
-use crate::resource::{Closes, Loaded, Registration, Rejection};
+use crate::resource::{Closes, Loaded, Registration, Rejection, Resource};
 
 /// What a catalog is built from.
 #[derive(Debug, Clone, Default)]
@@ -96,45 +108,135 @@ pub struct Found {
     pub version: String,
 }
 
-/// All resources, indexed.
-#[derive(Debug, Default)]
-pub struct Catalog {}
-
 /// Paths of the module files that the filters among `resources` name: relative ones are joined to the directory of
 /// their YAML file.
-pub fn wanted_modules(_resources: &[Arc<Loaded>]) -> BTreeSet<String> {
-    BTreeSet::new()
+pub fn wanted_modules(resources: &[Arc<Loaded>]) -> BTreeSet<String> {
+    let path = |loaded: &Arc<Loaded>| match &loaded.resource {
+        Resource::WasmFilter(filter) => Some(filter.module.clone()),
+        _ => None,
+    };
+    resources.iter().filter_map(path).collect()
+}
+
+/// The trust domain that the MeshConfig among `resources` names, if one does: for whoever must know it before anything
+/// is built.
+pub fn wanted_trust_domain(resources: &[Arc<Loaded>]) -> Option<String> {
+    resources.iter().find_map(|loaded| match &loaded.resource {
+        Resource::MeshConfig(config) => config.trust_domain.clone(),
+        _ => None,
+    })
 }
 
 impl Catalog {
     /// Indexes the inputs. What contradicts another resource is left out and reported; a reference to nothing is no
-    /// rejection, but an invalid backend of its route.
-    pub fn build(_inputs: Inputs) -> (Self, Vec<Rejection>) {
-        (Self {}, Vec::new())
+    /// rejection but a warning, and an invalid backend of its route.
+    pub fn build(inputs: Inputs) -> (Self, Vec<Rejection>) {
+        index::build(inputs)
+    }
+
+    /// References to nothing and the like: allowed, since the other side may come later, but worth a line.
+    pub fn warnings(&self) -> &[Rejection] {
+        &self.warnings
     }
 
     /// Answers one subscription.
-    pub fn answer(&self, _type_url: &str, _key: &Key, _client: &Client) -> Answer {
-        Answer::Absent
+    pub fn answer(&self, type_url: &str, key: &Key, client: &Client) -> Answer {
+        let found = match (type_url, key) {
+            (type_url::SERVICE, Key::Service(service)) => self.answer_service(key, service, client),
+            (type_url::SERVICE, Key::Ip(address)) => self
+                .vips
+                .get(&address.ip().to_canonical())
+                .and_then(|service| self.answer_service(key, service, client)),
+            (type_url::SERVICE, Key::Host(name, _)) => match canonicalise(name, &client.namespace) {
+                Some((Named::Service(service), _)) => self.answer_service(key, &service, client),
+                _ => None,
+            },
+            (type_url::WORKLOAD, Key::Ip(address)) => {
+                self.workload(*address).map(|workload| found(key.to_string(), type_url::WORKLOAD, &workload))
+            }
+            (type_url::ENDPOINTS, Key::Endpoints(service, port, shard)) => self
+                .endpoints_shard(service, *port, *shard)
+                .map(|endpoints| found(key.to_string(), type_url::ENDPOINTS, &endpoints)),
+            // Only of oneself: what is enforced on others is none of its business.
+            (type_url::SELF, Key::SelfOf(workload)) if *workload == client.workload => {
+                self.own(&client.namespace, workload).map(|own| found(key.to_string(), type_url::SELF, &own))
+            }
+            (type_url::FILTER, Key::Filter(namespace, name)) => {
+                self.filter(namespace, name).map(|filter| found(key.to_string(), type_url::FILTER, &filter))
+            }
+            (type_url::BUNDLE, Key::Bundle(domain)) => self
+                .roots
+                .get(domain)
+                .map(|roots| found(key.to_string(), type_url::BUNDLE, &mesh::Bundle { roots: roots.clone() })),
+            (type_url::MESH_CONFIG, Key::Mesh) => {
+                Some(found(key.to_string(), type_url::MESH_CONFIG, &self.mesh_config()))
+            }
+            _ => None,
+        };
+        found.map_or(Answer::Absent, Answer::Found)
     }
 
-    /// Digests of the modules that filters use now, with their sizes.
+    /// Modules that filters use now.
     pub fn wasm_modules(&self) -> Vec<Module> {
-        Vec::new()
+        let mut modules: Vec<_> = self.filters.values().filter_map(|filter| filter.module.clone()).collect();
+        modules.sort_by(|a, b| a.sha256.cmp(&b.sha256));
+        modules.dedup();
+        modules
     }
 
-    /// Every Service, by name.
-    pub fn services(&self) -> Vec<ServiceRow> {
-        Vec::new()
+    fn answer_service(&self, asked: &Key, service: &ServiceKey, client: &Client) -> Option<Found> {
+        let name = Key::Service(service.clone()).to_string();
+        let mut answer = found(name, type_url::SERVICE, &self.service(service, &client.namespace)?);
+        let asked = asked.to_string();
+        if asked != answer.name {
+            answer.aliases.push(asked);
+        }
+        Some(answer)
     }
 
-    /// Every endpoint of every Service port.
-    pub fn endpoints(&self) -> Vec<EndpointRow> {
-        Vec::new()
+    fn workload(&self, address: SocketAddr) -> Option<mesh::Workload> {
+        let (instance, port) = self.instance_at(address.ip().to_canonical(), address.port())?;
+        Some(mesh::Workload {
+            namespace: instance.namespace.clone(),
+            name: instance.name.clone(),
+            endpoint: Some(instance.endpoint(port, self.mtls_mode(instance, port.port))),
+            protocol: port.protocol.wire().into(),
+        })
     }
 
-    /// Every rule of every route, once per parent.
-    pub fn routes(&self) -> Vec<RouteRow> {
-        Vec::new()
+    fn endpoints_shard(&self, key: &ServiceKey, port: u16, shard: u32) -> Option<mesh::Endpoints> {
+        let service = self.find_service(key)?;
+        let port = service.ports.iter().find(|own| own.port == port)?;
+        let mut endpoints = self.endpoints_of(key, service, port);
+        let count = shard_count(&endpoints);
+        endpoints.retain(|endpoint| shard_of(&endpoint.id, count) == shard);
+        (shard < count).then_some(mesh::Endpoints { endpoints })
     }
+
+    fn mesh_config(&self) -> mesh::MeshConfig {
+        let config = &self.mesh;
+        let outbound = config.outbound_traffic.unwrap_or(mesh::mesh_config::OutboundTraffic::AllowAny);
+        mesh::MeshConfig {
+            trust_domain: self.trust_domain.clone(),
+            outbound_traffic: outbound.into(),
+            mesh_ranges: config.mesh_ranges.clone(),
+            trusted_forwarders: config.trusted_forwarders.clone(),
+            access_log: config.access_log.unwrap_or(mesh::mesh_config::AccessLog::Errors).into(),
+            sampling_ppm: config.sampling_ppm.unwrap_or(0),
+            certificate_lifetime_ms: self.certificate_lifetime_ms(),
+        }
+    }
+
+    /// Lifetime of the certificates that are signed, in milliseconds.
+    pub fn certificate_lifetime_ms(&self) -> u64 {
+        self.mesh.certificate_lifetime.unwrap_or(86_400_000)
+    }
+}
+
+fn found(name: String, type_url: &'static str, message: &impl Message) -> Found {
+    let bytes = Bytes::from(message.encode_to_vec());
+    let digest = Sha256::digest(&bytes);
+    // 64 bits tell versions of one resource apart; a full digest would be most of a small answer.
+    let version = hex::encode(digest.get(..8).unwrap_or_default());
+    Found { name, aliases: Vec::new(), type_url, bytes, version }
 }

@@ -1,6 +1,13 @@
 //! The catalog as rows: what the HTTP API and the command line list.
 
+use std::collections::BTreeSet;
+
 use serde::Serialize;
+
+use super::Catalog;
+use super::instance::{shard_count, shard_of};
+use crate::key::ServiceKey;
+use crate::resource::{Loaded, PortProtocol, Resource, Service};
 
 /// A Service, for people.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -81,4 +88,112 @@ pub struct RouteBackendRow {
     pub weight: u32,
     /// Why its share is answered with 500; empty when it is well
     pub invalid: String,
+}
+
+impl Catalog {
+    /// Every Service, by name.
+    pub fn services(&self) -> Vec<ServiceRow> {
+        self.each_service().map(|(key, loaded, service)| self.service_row(key, loaded, service)).collect()
+    }
+
+    /// Every endpoint of every Service port.
+    pub fn endpoints(&self) -> Vec<EndpointRow> {
+        let mut rows = Vec::new();
+        for (key, _, service) in self.each_service() {
+            for port in &service.ports {
+                let endpoints = self.endpoints_of(key, service, port);
+                let shards = shard_count(&endpoints);
+                rows.extend(endpoints.into_iter().map(|endpoint| EndpointRow {
+                    backend: format!("{key}:{}", port.port),
+                    shard: shard_of(&endpoint.id, shards),
+                    address: dialled(&endpoint.address, endpoint.port),
+                    app_port: u16::try_from(endpoint.app_port).unwrap_or(0),
+                    workload: endpoint.id,
+                    identity: endpoint.identity,
+                    version: endpoint.version,
+                }));
+            }
+        }
+        rows
+    }
+
+    /// Every rule of every route, once per parent.
+    pub fn routes(&self) -> Vec<RouteRow> {
+        let mut rows = Vec::new();
+        for (key, attached) in self.routes.iter().flat_map(|(key, list)| list.iter().map(move |one| (key, one))) {
+            let Some(route) = attached.route() else { continue };
+            let Some(parent) = route.parents.get(attached.parent) else { continue };
+            let limit = parent.port.map(|port| format!(":{port}"));
+            let limit = limit.or_else(|| parent.section.as_ref().map(|section| format!(":{section}")));
+            let loaded = &attached.loaded;
+            rows.extend(route.rules.iter().enumerate().map(|(index, rule)| {
+                RouteRow {
+                    kind: if route.grpc { "GRPCRoute" } else { "HTTPRoute" },
+                    namespace: loaded.id.namespace.clone(),
+                    name: loaded.id.name.clone(),
+                    rule: rule.name.clone().unwrap_or_else(|| index.to_string()),
+                    parent: format!("{key}{}", limit.as_deref().unwrap_or_default()),
+                    consumer: loaded.id.namespace != key.namespace,
+                    backends: rule
+                        .backends
+                        .iter()
+                        .map(|backend| RouteBackendRow {
+                            backend: format!("{}/{}:{}", backend.namespace, backend.name, backend.port),
+                            weight: backend.weight,
+                            invalid: self.invalid_backend(backend).unwrap_or_default(),
+                        })
+                        .collect(),
+                    source: source(loaded),
+                }
+            }));
+        }
+        rows
+    }
+
+    fn each_service(&self) -> impl Iterator<Item = (&ServiceKey, &Loaded, &Service)> {
+        self.services.iter().filter_map(|(key, loaded)| match &loaded.resource {
+            Resource::Service(service) => Some((key, loaded.as_ref(), service)),
+            _ => None,
+        })
+    }
+
+    fn service_row(&self, key: &ServiceKey, loaded: &Loaded, service: &Service) -> ServiceRow {
+        // Producers' routes and those of every consumer: whichever may hold for some client.
+        let attached = self.routes.get(key).map_or(&[][..], Vec::as_slice);
+        let clients: BTreeSet<&str> =
+            attached.iter().map(|one| one.loaded.id.namespace.as_str()).chain([key.namespace.as_str()]).collect();
+        let ports = service.ports.iter().map(|port| {
+            let mut routes = BTreeSet::new();
+            for client in &clients {
+                routes.extend(self.attached(key, port, client).into_iter().map(|one| one.loaded.id.to_string()));
+            }
+            ServicePortRow {
+                name: port.name.clone(),
+                port: port.port,
+                protocol: match port.protocol {
+                    PortProtocol::Detect => "detect",
+                    PortProtocol::Http1 => "http1",
+                    PortProtocol::H2 => "http2",
+                    PortProtocol::Tcp => "tcp",
+                },
+                endpoints: self.endpoints_of(key, service, port).len(),
+                routes: routes.into_iter().collect(),
+            }
+        });
+        ServiceRow {
+            namespace: key.namespace.clone(),
+            name: key.name.clone(),
+            ports: ports.collect(),
+            vips: service.vips.iter().map(ToString::to_string).collect(),
+            source: source(loaded),
+        }
+    }
+}
+
+fn source(loaded: &Loaded) -> String {
+    format!("{}:{}", loaded.file, loaded.line)
+}
+
+fn dialled(address: &str, port: u32) -> String {
+    if address.contains(':') { format!("[{address}]:{port}") } else { format!("{address}:{port}") }
 }

@@ -84,7 +84,7 @@ fn ignored(path: &serde_ignored::Path<'_>) -> String {
 /// Turns serde's message into one for people.
 fn explain(path: &serde_path_to_error::Path, message: &str) -> Bad {
     let mut field = String::new();
-    for segment in path.iter() {
+    for segment in path {
         match segment {
             Segment::Seq { index } => field.push_str(&format!("[{index}]")),
             Segment::Map { key } => field = join(&field, key),

@@ -19,8 +19,7 @@ pub(crate) fn split(text: &str, first_line: u32) -> Vec<Document<'_>> {
     let mut documents = Vec::new();
     let mut start: Option<(usize, u32)> = None;
     let mut offset = 0;
-    let mut line = first_line;
-    for full in text.split_inclusive('\n') {
+    for (line, full) in (first_line..).zip(text.split_inclusive('\n')) {
         let bare = full.trim_end();
         if marker(bare) {
             finish(text, start.take(), offset, &mut documents);
@@ -33,7 +32,6 @@ pub(crate) fn split(text: &str, first_line: u32) -> Vec<Document<'_>> {
             start = Some((offset, line));
         }
         offset += full.len();
-        line += 1;
     }
     finish(text, start, offset, &mut documents);
     documents

@@ -98,14 +98,10 @@ pub(crate) fn read(spec: &Value) -> Result<MeshConfig, Bad> {
     if spec.certificates.lifetime.is_some_and(|lifetime| lifetime.0 < 1_000) {
         return Err(Bad::new("spec.certificates.lifetime", "shorter than 1s; certificates are renewed at half of it"));
     }
-    let mtls = match spec.mtls.mode {
-        Some(mode) => Some(mode.wire()),
-        None => None,
-    };
     Ok(MeshConfig {
         trust_domain: spec.trust_domain.map(|domain| domain.0),
         certificate_lifetime: spec.certificates.lifetime.map(|lifetime| lifetime.0),
-        mtls,
+        mtls: spec.mtls.mode.map(Mode::wire),
         mesh_ranges: spec.mesh_ranges.into_iter().map(|block| block.0).collect(),
         outbound_traffic: spec.outbound_traffic.map(|name| match name {
             OutboundTrafficName::AllowAny => OutboundTraffic::AllowAny,

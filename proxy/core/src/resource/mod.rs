@@ -200,7 +200,7 @@ fn one(file: &str, document: &Document<'_>) -> Result<Option<Outcome>, Box<Rejec
     let (value, lines) = match document::read(document) {
         Ok(Some(read)) => read,
         Ok(None) => return Ok(None),
-        Err(error) => return Err(Box::new(unreadable(file, document, error))),
+        Err(error) => return Err(Box::new(unreadable(file, document, &error))),
     };
     let mut context = Context { file, lines, value, kind: String::new(), closed: None };
     context.kind = context.text("/kind");
@@ -312,7 +312,7 @@ fn read(kind: Kind, document: &Value, meta: &Meta, file: &str) -> Result<Option<
 
 /// A document that is no YAML. What it would have been is looked for in its text, since a policy that cannot be read
 /// must still close what it governed, and its last good version be found.
-fn unreadable(file: &str, document: &Document<'_>, error: document::SyntaxError) -> Rejection {
+fn unreadable(file: &str, document: &Document<'_>, error: &document::SyntaxError) -> Rejection {
     let find = |field: &str| {
         document.text.lines().find_map(|line| {
             let (before, after) = line.split_once(field)?;

@@ -1,0 +1,180 @@
+//! `self/…`: what the proxy of one workload enforces on what comes in. And filters, of both directions.
+
+use std::collections::BTreeMap;
+
+use outrigger_proto::mesh::{self, MtlsMode};
+
+use super::Catalog;
+use super::index::Filter;
+use super::instance::{Instance, belongs, selects};
+use crate::key::ServiceKey;
+use crate::resource::{Action, Closed, PortProtocol, Resource, Target};
+
+impl Catalog {
+    pub(super) fn instance(&self, namespace: &str, name: &str) -> Option<&Instance> {
+        self.instances.get(&(namespace.to_owned(), name.to_owned())).map(AsRef::as_ref)
+    }
+
+    pub(super) fn own(&self, namespace: &str, workload: &str) -> Option<mesh::Self_> {
+        let instance = self.instance(namespace, workload)?;
+        let authorization = self.authorization(instance);
+        let ports = instance.ports.iter().map(|port| {
+            let (services, declared) = self.services_of(instance, port.port);
+            let protocol = if port.protocol == PortProtocol::Detect { declared } else { port.protocol };
+            mesh::SelfPort {
+                name: port.name.clone(),
+                port: u32::from(port.port),
+                protocol: protocol.wire().into(),
+                mtls: self.mtls_mode(instance, port.port).into(),
+                authorization: Some(authorization.clone()),
+                filters: self.filters_on(namespace, false, |name| services.iter().any(|service| service.name == name)),
+                services: services.iter().map(ToString::to_string).collect(),
+            }
+        });
+        let ports = ports.collect();
+        Some(mesh::Self_ { namespace: namespace.to_owned(), workload: workload.to_owned(), ports })
+    }
+
+    /// The Services that have this port of the instance for an endpoint, and what they declare that it speaks.
+    fn services_of(&self, instance: &Instance, number: u16) -> (Vec<ServiceKey>, PortProtocol) {
+        let first = ServiceKey { namespace: instance.namespace.clone(), name: String::new() };
+        let mut declared = PortProtocol::Detect;
+        let mut services = Vec::new();
+        for (key, loaded) in self.services.range(first..).take_while(|(key, _)| key.namespace == instance.namespace) {
+            let Resource::Service(service) = &loaded.resource else { continue };
+            if service.external || !belongs(&key.name, service, instance) {
+                continue;
+            }
+            let mut targeting = service
+                .ports
+                .iter()
+                .filter(|port| instance.target(port).is_some_and(|target| target.port == number))
+                .peekable();
+            if targeting.peek().is_none() {
+                continue;
+            }
+            services.push(key.clone());
+            if declared == PortProtocol::Detect {
+                declared = targeting.map(|port| port.protocol).find(|p| *p != PortProtocol::Detect).unwrap_or_default();
+            }
+        }
+        (services, declared)
+    }
+
+    /// The mode of one application port: the mesh's, the namespace's, the workload's; the later wins. Of several
+    /// policies that are equally specific the strictest does.
+    pub(super) fn mtls_mode(&self, instance: &Instance, port: u16) -> MtlsMode {
+        let closed = |closed: &&super::ClosedPolicy| closed.closes.what == Closed::Mtls;
+        if self.closed.iter().filter(closed).any(|closed| governs(closed, instance)) {
+            return MtlsMode::Strict;
+        }
+        let (mut of_namespace, mut of_workload) = (None, None);
+        for policy in self.mtls.get(&instance.namespace).into_iter().flatten() {
+            let level = match &policy.selector {
+                None => &mut of_namespace,
+                Some(selector) if selects(selector, &instance.labels) => &mut of_workload,
+                Some(_) => continue,
+            };
+            *level = stricter(*level, policy.ports.get(&port).copied().or(policy.mode));
+        }
+        of_workload.or(of_namespace).or(self.mesh.mtls).unwrap_or(MtlsMode::Permissive)
+    }
+
+    fn authorization(&self, instance: &Instance) -> mesh::Authorization {
+        let mut merged = mesh::Authorization::default();
+        let closed = |closed: &&super::ClosedPolicy| closed.closes.what == Closed::Authorization;
+        let mut reasons: Vec<&str> = self
+            .closed
+            .iter()
+            .filter(closed)
+            .filter(|closed| governs(closed, instance))
+            .map(|closed| closed.reason.as_str())
+            .collect();
+        reasons.sort_unstable();
+        merged.closed = reasons.join("; ");
+        let policies = self.authorization.get(&instance.namespace).into_iter().flatten();
+        let mut policies: Vec<_> = policies
+            .filter(|named| named.policy.selector.as_ref().is_none_or(|selector| selects(selector, &instance.labels)))
+            .collect();
+        // By name, so that equal policies are equal bytes whatever the order of the files.
+        policies.sort_by(|a, b| a.name.cmp(&b.name));
+        for named in policies {
+            let rules = match named.policy.action {
+                Action::Allow => {
+                    merged.default_deny = true;
+                    &mut merged.allow
+                }
+                Action::Deny => &mut merged.deny,
+                Action::Audit => &mut merged.audit,
+            };
+            rules.extend(named.policy.rules.iter().cloned());
+        }
+        let mut rules = merged.allow.iter().chain(&merged.deny).chain(&merged.audit);
+        merged.path_rules = rules.any(|rule| rule.to.iter().any(|operation| !operation.paths.is_empty()));
+        merged
+    }
+
+    pub(super) fn outbound_filters(&self, key: &ServiceKey) -> Vec<String> {
+        self.filters_on(&key.namespace, true, |name| name == key.name)
+    }
+
+    /// Keys of the filters of a namespace that are attached to it or to one of these Services, in their order. A
+    /// FailOpen filter without its module is left out; a FailClosed one is not, and what it guards fails.
+    fn filters_on(&self, namespace: &str, outbound: bool, service: impl Fn(&str) -> bool) -> Vec<String> {
+        let attached = |filter: &Filter| {
+            filter.spec.targets.iter().any(|target| match target {
+                Target::Namespace => true,
+                Target::Service(name) => service(name),
+                Target::Route { .. } => false,
+            })
+        };
+        let first = (namespace.to_owned(), String::new());
+        let mut found: Vec<_> = self
+            .filters
+            .range(first..)
+            .take_while(|((of, _), _)| of == namespace)
+            .filter(|(_, filter)| filter.spec.outbound == outbound && attached(filter))
+            .filter(|(_, filter)| filter.module.is_some() || !filter.spec.fail_open)
+            .map(|((_, name), filter)| (filter.spec.order, name))
+            .collect();
+        found.sort_unstable();
+        found.into_iter().map(|(_, name)| format!("filter/{namespace}/{name}")).collect()
+    }
+
+    pub(super) fn filter(&self, namespace: &str, name: &str) -> Option<mesh::Filter> {
+        let filter = self.filters.get(&(namespace.to_owned(), name.to_owned()))?;
+        let (spec, module) = (&filter.spec, filter.module.as_ref()?);
+        Some(mesh::Filter {
+            namespace: namespace.to_owned(),
+            name: name.to_owned(),
+            sha256: module.sha256.clone(),
+            size: module.size,
+            root_id: spec.root_id.clone(),
+            configuration: spec.configuration.clone().into(),
+            fail_open: spec.fail_open,
+            vm_id: spec.vm_id.clone(),
+            vm_configuration: spec.vm_configuration.clone().into(),
+            environment: BTreeMap::clone(&spec.environment),
+            memory: spec.memory,
+            call_time_ms: spec.call_time,
+            body: spec.body,
+            backoff_ms: spec.backoff,
+            max_backoff_ms: spec.max_backoff,
+            order: spec.order,
+        })
+    }
+}
+
+fn governs(closed: &super::ClosedPolicy, instance: &Instance) -> bool {
+    closed.closes.namespace == instance.namespace
+        && closed.closes.selector.as_ref().is_none_or(|selector| selects(selector, &instance.labels))
+}
+
+fn stricter(a: Option<MtlsMode>, b: Option<MtlsMode>) -> Option<MtlsMode> {
+    let rank = |mode: MtlsMode| match mode {
+        MtlsMode::Strict => 2,
+        MtlsMode::Permissive => 1,
+        MtlsMode::Disabled => 0,
+    };
+    [a, b].into_iter().flatten().max_by_key(|mode| rank(*mode))
+}
