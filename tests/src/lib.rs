@@ -1,1 +1,27 @@
-//! wip
+//! What end-to-end tests are written with: the real binaries as guarded processes, recording backends, network
+//! namespaces, and clients that nobody here wrote.
+//!
+//! A test waits for causes with [`until`] and never sleeps. Each process gets a loopback address of its own
+//! ([`Address`]), so that tests run side by side with the ports users know.
+// This crate is test code: what cannot go on panics and says why.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::print_stderr)]
+
+mod address;
+mod backend;
+mod binaries;
+mod curl;
+mod mesh;
+mod metrics;
+mod netns;
+mod process;
+mod wait;
+
+pub use address::Address;
+pub use backend::{Backend, Recorded, Reply};
+pub use binaries::binary;
+pub use curl::{Curl, Response};
+pub use mesh::{Control, Mesh, Proxy, ProxyBuilder};
+pub use metrics::Metrics;
+pub use netns::{Host, Lan};
+pub use process::Process;
+pub use wait::{HANG, until};

@@ -50,7 +50,7 @@ impl Rules {
         }));
         let outbound: BTreeSet<u16> = flags.exclude_outbound.iter().copied().collect();
         output.extend(outbound.iter().map(|port| format!("tcp dport {port} return")));
-        output.push(format!("meta l4proto 6 redirect to :{}", flags.outbound));
+        output.push(format!("meta l4proto tcp redirect to :{}", flags.outbound));
 
         let mut prerouting = vec![
             "type nat hook prerouting priority -100; policy accept;".to_owned(),
@@ -62,7 +62,7 @@ impl Rules {
         ];
         let inbound = flags.exclude_inbound.iter().filter(|port| **port != flags.health);
         prerouting.extend(inbound.map(|port| format!("tcp dport {port} return")));
-        prerouting.push(format!("meta l4proto 6 redirect to :{}", flags.inbound));
+        prerouting.push(format!("meta l4proto tcp redirect to :{}", flags.inbound));
         Self { output, prerouting }
     }
 
@@ -133,7 +133,7 @@ fn parse(listing: &str) -> BTreeMap<String, Vec<String>> {
 
 /// nft prints names or numbers depending on its version and on what the system's tables know.
 fn normal(line: &str) -> String {
-    line.replace("priority dstnat;", "priority -100;").replace("meta l4proto tcp ", "meta l4proto 6 ")
+    line.replace("priority dstnat;", "priority -100;").replace("meta l4proto 6 ", "meta l4proto tcp ")
 }
 
 #[cfg(test)]
@@ -156,7 +156,7 @@ mod tests {
     fn own_listing_is_accepted() {
         let rules = Rules::new(&flags());
         assert_eq!(rules.compare(&rules.script()), []);
-        let printed = rules.script().replace("l4proto 6", "l4proto tcp").replace("priority -100", "priority dstnat");
+        let printed = rules.script().replace("l4proto tcp", "l4proto 6").replace("priority -100", "priority dstnat");
         assert_eq!(rules.compare(&printed), []);
     }
 
