@@ -1,10 +1,17 @@
 //! Outrigger's sidecar proxy. `docs/architecture.md` names each module and its owner.
 
+pub mod discovery;
+pub mod drain;
 pub mod filter;
+pub mod flags;
 pub mod http;
 pub mod identity;
 pub mod io;
+pub mod listen;
 pub mod log;
 pub mod metrics;
+pub mod snapshot;
+pub mod state;
 pub mod tls;
 pub mod upstream;
+pub mod worker;

@@ -1,0 +1,73 @@
+//! Everything that the parts of one proxy share.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+
+use crate::discovery::Directory;
+use crate::drain::Drain;
+use crate::flags::Settings;
+use crate::identity::IdentityStore;
+use crate::log::AccessLog;
+use crate::metrics::Metrics;
+
+/// One proxy. Shared by all threads; nothing here is locked on a request's way.
+#[derive(Debug)]
+pub struct Proxy {
+    /// The command line
+    pub settings: Arc<Settings>,
+    /// Configuration
+    pub directory: Arc<Directory>,
+    /// The own certificate and the trust bundle
+    pub identity: Arc<IdentityStore>,
+    /// Counters
+    pub metrics: Arc<Metrics>,
+    /// Access log
+    pub log: AccessLog,
+    /// Shutdown
+    pub drain: Arc<Drain>,
+    /// What each worker does, by its index
+    pub workers: Vec<Arc<WorkerLoad>>,
+    /// Listeners are bound
+    pub bound: Bound,
+}
+
+/// Addresses that the listeners have, once they have them (port 0 in tests).
+#[derive(Debug, Default)]
+pub struct Bound {
+    /// All listeners accept
+    pub ready: AtomicBool,
+    /// Inbound
+    pub inbound: std::sync::OnceLock<SocketAddr>,
+    /// Outbound
+    pub outbound: std::sync::OnceLock<SocketAddr>,
+}
+
+/// How much one worker does. Written by that worker; read by the others at accept.
+#[derive(Debug, Default)]
+pub struct WorkerLoad {
+    /// Open inbound connections
+    pub inbound: AtomicUsize,
+    /// Open outbound connections
+    pub outbound: AtomicUsize,
+    /// Connections accepted
+    pub accepted: AtomicU64,
+    /// Of these, handed to a less loaded worker
+    pub handed_over: AtomicU64,
+}
+
+impl WorkerLoad {
+    /// Open connections of both directions.
+    pub fn open(&self) -> usize {
+        self.inbound.load(Ordering::Relaxed) + self.outbound.load(Ordering::Relaxed)
+    }
+}
+
+impl Proxy {
+    /// Open connections of clients: inbound, outbound.
+    pub fn open(&self) -> (usize, usize) {
+        let sum =
+            |of: fn(&WorkerLoad) -> &AtomicUsize| self.workers.iter().map(|w| of(w).load(Ordering::Relaxed)).sum();
+        (sum(|worker| &worker.inbound), sum(|worker| &worker.outbound))
+    }
+}

@@ -1,0 +1,66 @@
+//! Thread per core: each worker has a runtime, listeners and connection pools of its own.
+
+use std::cell::RefCell;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use arc_swap::{ArcSwap, Cache};
+use outrigger_core::key::Key;
+use outrigger_core::reason::Reason;
+
+use crate::drain::DrainWatch;
+use crate::metrics::Local;
+use crate::snapshot::{Snapshot, Target};
+use crate::state::{Proxy, WorkerLoad};
+
+/// One worker: what everything on its thread uses. Lives in an `Rc`.
+#[derive(Debug)]
+pub struct Worker {
+    /// Number of this worker, from 0
+    pub index: usize,
+    /// What all workers share
+    pub proxy: Arc<Proxy>,
+    /// This worker's part of the metrics
+    pub metrics: Local,
+    /// The shutdown
+    pub drain: DrainWatch,
+    /// Randomness of decisions
+    pub rng: RefCell<fastrand::Rng>,
+    /// Open connections
+    pub load: Arc<WorkerLoad>,
+    snapshots: RefCell<Cache<Arc<ArcSwap<Snapshot>>, Arc<Snapshot>>>,
+}
+
+impl Worker {
+    /// A worker of the calling thread.
+    pub fn new(proxy: Arc<Proxy>, index: usize) -> Rc<Self> {
+        Rc::new(Self {
+            index,
+            metrics: proxy.metrics.local(),
+            drain: proxy.drain.watch(),
+            rng: RefCell::new(fastrand::Rng::new()),
+            load: proxy.workers.get(index).cloned().unwrap_or_default(),
+            snapshots: RefCell::new(Cache::new(proxy.directory.cell())),
+            proxy,
+        })
+    }
+
+    /// Pins the newest snapshot.
+    pub fn snapshot(&self) -> Arc<Snapshot> {
+        self.snapshots.borrow_mut().load().clone()
+    }
+
+    /// The snapshot that has an answer for a destination, and the answer. The first use of a destination waits for
+    /// discovery, at most a second.
+    ///
+    /// # Errors
+    /// `discovery-timeout`, or `discovery-unavailable` while the control plane is away.
+    pub async fn find(&self, key: &Key) -> Result<(Arc<Snapshot>, Target), Reason> {
+        let snapshot = self.snapshot();
+        if let Some(target) = snapshot.lookup(key) {
+            let target = target.clone();
+            return Ok((snapshot, target));
+        }
+        self.proxy.directory.resolve(key).await
+    }
+}
