@@ -2,9 +2,10 @@
 //! leaves.
 
 use http::header::{self, HeaderName};
-use http::{HeaderMap, HeaderValue, Method, Version, request, response};
+use http::uri::{Authority, PathAndQuery};
+use http::{HeaderMap, HeaderValue, Method, StatusCode, Uri, Version, request, response};
 
-use crate::reason::{self, Reason};
+use crate::reason::Reason;
 use crate::spiffe::SpiffeId;
 
 mod path;
@@ -30,8 +31,8 @@ pub struct Rules<'a> {
     pub path_rules: bool,
     /// Verified peer; inbound only
     pub peer: Option<&'a SpiffeId>,
-    /// The proxy's own identity
-    pub own_identity: Option<&'a SpiffeId>,
+    /// The peer for the application, see [`xfcc`]; inbound only
+    pub xfcc: Option<&'a HeaderValue>,
     /// Peers whose forwarding headers are kept
     pub forwarders: &'a [SpiffeId],
 }
@@ -43,10 +44,9 @@ pub struct Canonical {
     pub path: Option<String>,
     /// The request is gRPC
     pub is_grpc: bool,
-    /// A websocket upgrade is asked for: put `Connection: upgrade` and `Upgrade: websocket` on the HTTP/1 request that
-    /// is sent on
+    /// A websocket is asked for
     pub upgrade: bool,
-    /// The client takes trailers (`TE: trailers`): put `TE: trailers` on the request that is sent on
+    /// The client takes trailers
     pub trailers: bool,
 }
 
@@ -61,16 +61,253 @@ impl Canonical {
     }
 }
 
-/// Normalises a request head.
+/// `traceparent` and the like are end to end, and so is what frames or addresses the message: a `Connection` header
+/// that names one of these is a mistake or an attack, and is not obeyed.
+const KEPT: [&str; 12] = [
+    "authorization",
+    "content-encoding",
+    "content-length",
+    "content-type",
+    "cookie",
+    "expect",
+    "host",
+    "set-cookie",
+    "te",
+    "traceparent",
+    "tracestate",
+    "trailer",
+];
+
+/// Hop-by-hop in both directions. `Connection`, `Upgrade`, `TE` and `Transfer-Encoding` have rules of their own;
+/// `Trailer` stays, since trailers pass and hyper writes only those that are announced.
+static HOP: [HeaderName; 3] = [
+    HeaderName::from_static("keep-alive"),
+    HeaderName::from_static("proxy-connection"),
+    HeaderName::from_static("http2-settings"),
+];
+
+const XFCC: HeaderName = HeaderName::from_static("x-forwarded-client-cert");
+
+/// Normalises a request head. Afterwards:
+/// - there is exactly one `Host`; the URI is in origin form (HTTP/1) or has an authority equal to `Host` (HTTP/2);
+/// - hop-by-hop headers and those that `Connection` names are gone, but for `TE: trailers` where the client takes
+///   trailers, and `Connection: upgrade` with `Upgrade: websocket` where it asks for that;
+/// - `Transfer-Encoding` is gone: the framing of the next hop is its own;
+/// - inbound, what only the mesh may say is gone, and `x-forwarded-client-cert` is the verified peer;
+/// - with [`Rules::path_rules`] the path is canonical.
 ///
 /// # Errors
 /// The reason for which the request is refused.
 pub fn request(head: &mut request::Parts, rules: &Rules<'_>) -> Result<Canonical, Reason> {
-    let _ = (head, rules);
-    Ok(Canonical::default())
+    if head.method == Method::CONNECT {
+        return Err(Reason::ConnectRefused);
+    }
+    host(head)?;
+    transfer_encoding(head.version, &mut head.headers).map_err(|()| Reason::BadRequest)?;
+    content_length(&mut head.headers)?;
+    let upgrade = upgrade(head)?;
+    let trailers = te(&mut head.headers);
+    hop_by_hop(&mut head.headers);
+    if upgrade {
+        head.headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
+        head.headers.insert(header::UPGRADE, HeaderValue::from_static("websocket"));
+    }
+    if rules.direction == Direction::Inbound {
+        inbound(&mut head.headers, rules);
+    }
+    let mut path = path::canonical(head.uri.path(), rules.path_rules)?;
+    if rules.path_rules
+        && let Some(new) = path.take()
+    {
+        set_path(&mut head.uri, new)?;
+    }
+    Ok(Canonical { path, is_grpc: is_grpc(head), upgrade, trailers })
 }
 
-/// Normalises a response head.
-pub fn response(head: &mut response::Parts, direction: Direction, from_mesh_peer: bool) {
-    let _ = (head, direction, from_mesh_peer);
+/// Normalises a response head: hop-by-hop headers go; so does `x-outrigger-*`, unless a proxy of the mesh says it.
+///
+/// # Errors
+/// [`Reason::UpstreamProtocol`] for a transfer coding other than `chunked`.
+pub fn response(head: &mut response::Parts, direction: Direction, from_mesh_peer: bool) -> Result<(), Reason> {
+    transfer_encoding(head.version, &mut head.headers).map_err(|()| Reason::UpstreamProtocol)?;
+    hop_by_hop(&mut head.headers);
+    if head.status == StatusCode::SWITCHING_PROTOCOLS {
+        head.headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
+        head.headers.insert(header::UPGRADE, HeaderValue::from_static("websocket"));
+    }
+    if direction == Direction::Inbound || !from_mesh_peer {
+        remove_where(&mut head.headers, |name| name.starts_with(OURS));
+    }
+    Ok(())
 }
+
+/// The prefix of headers that only the mesh writes.
+const OURS: &str = "x-outrigger-";
+
+/// The value of `x-forwarded-client-cert` for a verified peer; made once per connection.
+pub fn xfcc(own: &SpiffeId, peer: &SpiffeId) -> HeaderValue {
+    // A SPIFFE ID has no character that a header must not have.
+    HeaderValue::try_from(format!("By={own};URI={peer}")).unwrap_or(HeaderValue::from_static(""))
+}
+
+fn host(head: &mut request::Parts) -> Result<(), Reason> {
+    let mut hosts = head.headers.get_all(header::HOST).iter();
+    let (first, second) = (hosts.next(), hosts.next());
+    if second.is_some() {
+        return Err(Reason::BadRequest);
+    }
+    match (first, head.uri.authority()) {
+        (Some(host), authority) => {
+            let equal = |one: &Authority| one.as_str().as_bytes().eq_ignore_ascii_case(host.as_bytes());
+            if !is_authority(host.as_bytes()) || !authority.is_none_or(equal) {
+                return Err(Reason::BadRequest);
+            }
+        }
+        // HTTP/2 has the authority in the URI; HTTP/1 must say Host.
+        (None, Some(authority)) if head.version == Version::HTTP_2 && is_authority(authority.as_str().as_bytes()) => {
+            let host = HeaderValue::from_str(authority.as_str()).map_err(|_| Reason::BadRequest)?;
+            head.headers.insert(header::HOST, host);
+        }
+        _ => return Err(Reason::BadRequest),
+    }
+    if head.version != Version::HTTP_2 && head.uri.authority().is_some() {
+        let path = head.uri.path_and_query().cloned().unwrap_or(PathAndQuery::from_static("/"));
+        head.uri = Uri::from(path);
+    }
+    Ok(())
+}
+
+/// Host and port, without user information. Anything that two readers could read differently is refused.
+fn is_authority(text: &[u8]) -> bool {
+    !text.is_empty() && text.iter().all(|b| b.is_ascii_alphanumeric() || b"-._~:[]%!$&'()*+;=".contains(b))
+}
+
+/// Takes `Transfer-Encoding` away; with it there must be no `Content-Length` (RFC 9112 6.3).
+fn transfer_encoding(version: Version, headers: &mut HeaderMap) -> Result<(), ()> {
+    let mut codings = headers.get_all(header::TRANSFER_ENCODING).iter();
+    let Some(first) = codings.next() else { return Ok(()) };
+    let chunked = first.as_bytes().trim_ascii().eq_ignore_ascii_case(b"chunked");
+    if !chunked || codings.next().is_some() || version != Version::HTTP_11 {
+        return Err(());
+    }
+    headers.remove(header::TRANSFER_ENCODING);
+    headers.remove(header::CONTENT_LENGTH);
+    Ok(())
+}
+
+/// Equal ones become one; a list, or two that differ, have no meaning.
+fn content_length(headers: &mut HeaderMap) -> Result<(), Reason> {
+    let mut lengths = headers.get_all(header::CONTENT_LENGTH).iter();
+    let Some(first) = lengths.next() else { return Ok(()) };
+    let mut more = false;
+    let same = lengths.all(|other| {
+        more = true;
+        other == first
+    });
+    if !same || first.is_empty() || !first.as_bytes().iter().all(u8::is_ascii_digit) {
+        return Err(Reason::BadRequest);
+    }
+    if more {
+        let first = first.clone();
+        headers.insert(header::CONTENT_LENGTH, first);
+    }
+    Ok(())
+}
+
+/// Whether a websocket is asked for. Offers to go on with another version of HTTP are passed over, as RFC 9110 7.8
+/// permits; of any other protocol the client would be left in doubt, so it is told.
+fn upgrade(head: &request::Parts) -> Result<bool, Reason> {
+    let asked = tokens(&head.headers, &header::CONNECTION).any(|token| token.eq_ignore_ascii_case("upgrade"));
+    if !asked || head.version != Version::HTTP_11 || !head.headers.contains_key(header::UPGRADE) {
+        return Ok(false);
+    }
+    let mut offers = tokens(&head.headers, &header::UPGRADE);
+    if offers.any(|offer| offer.eq_ignore_ascii_case("websocket")) {
+        return if head.method == Method::GET { Ok(true) } else { Err(Reason::BadRequest) };
+    }
+    let is_http = |offer: &str| {
+        let name = offer.split('/').next().unwrap_or(offer);
+        ["h2c", "h2", "http", "tls"].iter().any(|known| name.eq_ignore_ascii_case(known))
+    };
+    if tokens(&head.headers, &header::UPGRADE).all(is_http) { Ok(false) } else { Err(Reason::UpgradeRefused) }
+}
+
+/// Leaves `TE: trailers` or nothing.
+fn te(headers: &mut HeaderMap) -> bool {
+    if !headers.contains_key(header::TE) {
+        return false;
+    }
+    let trailers = tokens(headers, &header::TE).any(|token| token.eq_ignore_ascii_case("trailers"));
+    if trailers {
+        headers.insert(header::TE, HeaderValue::from_static("trailers"));
+    } else {
+        headers.remove(header::TE);
+    }
+    trailers
+}
+
+fn hop_by_hop(headers: &mut HeaderMap) {
+    if headers.contains_key(header::CONNECTION) {
+        let named = |token: &str| match token {
+            // The two that nearly every Connection header says.
+            "keep-alive" | "close" => None,
+            other => HeaderName::from_bytes(other.as_bytes()).ok().filter(|name| !KEPT.contains(&name.as_str())),
+        };
+        let named: Vec<HeaderName> = tokens(headers, &header::CONNECTION).filter_map(named).collect();
+        for name in named {
+            headers.remove(name);
+        }
+        headers.remove(header::CONNECTION);
+    }
+    headers.remove(header::UPGRADE);
+    for name in &HOP {
+        headers.remove(name);
+    }
+}
+
+/// The elements of a list, over all headers of a name.
+fn tokens<'a>(headers: &'a HeaderMap, name: &HeaderName) -> impl Iterator<Item = &'a str> {
+    let values = headers.get_all(name).iter().filter_map(|value| value.to_str().ok());
+    values.flat_map(|value| value.split(',')).map(str::trim).filter(|token| !token.is_empty())
+}
+
+fn inbound(headers: &mut HeaderMap, rules: &Rules<'_>) {
+    let trusted = rules.peer.is_some_and(|peer| rules.forwarders.contains(peer));
+    remove_where(headers, |name| {
+        name.starts_with(OURS)
+            || name == XFCC.as_str()
+            || name == "l5d-client-id"
+            || (!trusted && (name == "forwarded" || name.starts_with("x-forwarded-")))
+    });
+    if let (Some(_), Some(xfcc)) = (rules.peer, rules.xfcc) {
+        headers.insert(XFCC, xfcc.clone());
+    }
+}
+
+fn remove_where(headers: &mut HeaderMap, unwanted: impl Fn(&str) -> bool) {
+    let unwanted: Vec<HeaderName> = headers.keys().filter(|name| unwanted(name.as_str())).cloned().collect();
+    for name in unwanted {
+        headers.remove(name);
+    }
+}
+
+fn set_path(uri: &mut Uri, mut path: String) -> Result<(), Reason> {
+    if let Some(query) = uri.query() {
+        path.push('?');
+        path.push_str(query);
+    }
+    let mut parts = std::mem::take(uri).into_parts();
+    parts.path_and_query = Some(PathAndQuery::try_from(path).map_err(|_| Reason::BadRequest)?);
+    *uri = Uri::from_parts(parts).map_err(|_| Reason::BadRequest)?;
+    Ok(())
+}
+
+/// `application/grpc`, `application/grpc+proto`, `application/grpc; …`; gRPC-Web is not gRPC.
+fn is_grpc(head: &request::Parts) -> bool {
+    let kind =
+        head.headers.get(header::CONTENT_TYPE).and_then(|value| value.as_bytes().strip_prefix(b"application/grpc"));
+    head.method == Method::POST && kind.is_some_and(|rest| matches!(rest.first(), None | Some(b'+' | b';')))
+}
+
+#[cfg(test)]
+mod tests;

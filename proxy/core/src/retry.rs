@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use fastrand::Rng;
 use http::{HeaderMap, HeaderValue, Method};
 
-use crate::link::Retries;
+use crate::link::{Budget, Retries};
 use crate::reason::Reason;
 
 /// How an attempt failed.
@@ -87,8 +87,7 @@ impl Plan {
         policy: &Retries,
         failure: Failure,
         replayable: bool,
-        budget: &RetryBudget,
-        budget_policy: &crate::link::Budget,
+        (budget, budget_policy): (&RetryBudget, &Budget),
         now: Instant,
         rng: &mut Rng,
     ) -> Decision {

@@ -95,7 +95,7 @@ impl View<'_> {
             Algorithm::RoundRobin => {
                 // A step of about the golden ratio spreads an endpoint's turns over the round.
                 let turn = self.set.turn.fetch_add(1, Relaxed) as u64;
-                let step = coprime((total as f64 * 0.618) as u64, total);
+                let step = coprime(total * 618 / 1000, total);
                 at(sums, turn % total * step % total)
             }
             // Samples are drawn by weight and compared by load alone: with equal loads the shares are the weights.
