@@ -1,9 +1,20 @@
 //! `outrigger validate DIR`: the control plane's own reading and compiling, without a control plane.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::Arc;
+
+use anyhow::Context as _;
+use outrigger_control::source::{self, ModuleStore};
+use outrigger_control::store::Store;
+use outrigger_core::compile::{self, Catalog, Inputs, Modules};
+use outrigger_core::resource::{Rejection, Skipped};
+use serde::Serialize;
 
 use crate::output::{self, Format};
+
+/// Used where the configuration names none; as the control plane's flag.
+const TRUST_DOMAIN: &str = "cluster.local";
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
@@ -12,8 +23,71 @@ pub(crate) struct Args {
     directory: PathBuf,
 }
 
+/// What was found.
+#[derive(Debug, Serialize)]
+struct Report {
+    files: usize,
+    accepted: usize,
+    /// Errors: these would not serve
+    rejected: Vec<Rejection>,
+    /// Accepted, and still worth a look
+    warnings: Vec<Rejection>,
+    skipped: Vec<Skipped>,
+}
+
 pub(crate) fn run(args: &Args, format: Format) -> anyhow::Result<ExitCode> {
-    let _ = (args, format);
-    output::error("validate: not built yet");
-    Ok(ExitCode::FAILURE)
+    let report = validate(&args.directory)?;
+    match format {
+        Format::Json => output::json(&report)?,
+        Format::Table => print(&report)?,
+    }
+    Ok(if report.rejected.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn validate(directory: &Path) -> anyhow::Result<Report> {
+    let files = source::read(directory).with_context(|| {
+        format!("{}: give the directory that outrigger-control --config reads", directory.display())
+    })?;
+    // Stores of this run alone: nothing here has an earlier version.
+    let scratch = tempfile::tempdir().context("cannot make a temporary directory")?;
+    let accepted = Store::open(scratch.path().join("last-good"))?.apply(&files);
+    let mut modules = ModuleStore::open(scratch.path().join("modules"))?;
+    let wanted = compile::wanted_modules(&accepted.resources);
+    let trust_domain = compile::wanted_trust_domain(&accepted.resources).unwrap_or_else(|| TRUST_DOMAIN.to_owned());
+    let inputs = Inputs {
+        resources: accepted.resources.iter().map(Arc::clone).collect(),
+        registrations: Vec::new(),
+        trust_domain,
+        closed: accepted.closed,
+        modules: Modules { files: modules.load(&wanted), held: modules.held() },
+        ..Inputs::default()
+    };
+    let (catalog, conflicts) = Catalog::build(inputs);
+    let total = accepted.resources.len();
+    let left_out = conflicts.len();
+    let mut rejected: Vec<Rejection> = accepted.rejected.into_iter().map(|rejected| rejected.rejection).collect();
+    rejected.extend(conflicts);
+    rejected.sort_by(|a, b| (&a.file, a.line, &a.field).cmp(&(&b.file, b.line, &b.field)));
+    Ok(Report {
+        files: files.len(),
+        accepted: total.saturating_sub(left_out),
+        rejected,
+        warnings: catalog.warnings().to_vec(),
+        skipped: accepted.skipped,
+    })
+}
+
+fn print(report: &Report) -> std::io::Result<()> {
+    for skipped in &report.skipped {
+        output::line(&skipped.to_string())?;
+    }
+    for warning in &report.warnings {
+        output::line(&format!("{warning} (warning)"))?;
+    }
+    for rejection in &report.rejected {
+        output::line(&rejection.to_string())?;
+    }
+    let Report { files, accepted, rejected, skipped, .. } = report;
+    let (rejected, skipped) = (rejected.len(), skipped.len());
+    output::line(&format!("{accepted} accepted, {rejected} rejected, {skipped} skipped, in {files} files"))
 }
