@@ -5,8 +5,15 @@
 //! published by one swap) → [`delta`] (per stream: what must be sent) → [`discovery`] (gRPC).
 
 pub mod delta;
+pub mod discovery;
 pub mod durable;
+pub mod lease;
+pub mod mesh;
+pub mod metrics;
+pub mod modules;
 pub mod peer;
+pub mod proxies;
 pub mod refusals;
+pub mod registry;
 pub mod source;
 pub mod store;

@@ -1,0 +1,265 @@
+//! The proxies that are, or lately were, connected.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
+
+use outrigger_core::compile::Client;
+use outrigger_core::key::Key;
+use outrigger_proto::type_url;
+use serde::Serialize;
+use tokio::sync::watch;
+
+use crate::delta::{Held, Stream};
+use crate::mesh::Published;
+
+/// A disconnected proxy is listed this long.
+const REMEMBERED: Duration = Duration::from_secs(3600);
+/// And at most so many of them are.
+const MAX_REMEMBERED: usize = 1024;
+
+/// All of them.
+#[derive(Debug)]
+pub struct Proxies {
+    entries: Mutex<Entries>,
+    settled: watch::Sender<u64>,
+}
+
+#[derive(Debug, Default)]
+struct Entries {
+    last: u64,
+    by_id: BTreeMap<u64, Arc<Proxy>>,
+}
+
+/// One discovery stream.
+#[derive(Debug)]
+pub struct Proxy {
+    id: u64,
+    /// Namespace, workload and account
+    pub client: Client,
+    /// SPIFFE ID
+    pub identity: String,
+    address: String,
+    since: u64,
+    stream: Mutex<Stream>,
+    ended: Mutex<Option<Instant>>,
+}
+
+/// For as long as the stream is open.
+#[derive(Debug)]
+pub struct Connected {
+    proxy: Arc<Proxy>,
+    proxies: Arc<Proxies>,
+}
+
+/// A proxy, for `/api/v1/proxies`.
+#[derive(Debug, Serialize)]
+pub struct ProxyRow {
+    name: String,
+    workload: String,
+    namespace: String,
+    identity: String,
+    address: String,
+    connected: bool,
+    /// Seconds since the Unix epoch
+    since: u64,
+    /// Resources whose latest version is acknowledged
+    acknowledged: usize,
+    /// Resources whose latest version is neither acknowledged nor refused
+    pending: usize,
+    resources: Vec<ResourceRow>,
+    nacks: Vec<NackRow>,
+}
+
+/// A subscription. A version is null before the first, and empty for "told that there is nothing".
+#[derive(Debug, Serialize)]
+struct ResourceRow {
+    #[serde(rename = "type")]
+    kind: String,
+    name: String,
+    acked: Option<String>,
+    latest: String,
+}
+
+/// A refused resource.
+#[derive(Debug, Serialize)]
+struct NackRow {
+    name: String,
+    resource: String,
+    version: String,
+    reason: String,
+}
+
+impl Default for Proxies {
+    fn default() -> Self {
+        Self { entries: Mutex::default(), settled: watch::Sender::new(0) }
+    }
+}
+
+impl Proxies {
+    /// A stream opened.
+    pub fn connect(self: &Arc<Self>, client: Client, identity: String, address: String) -> Connected {
+        let mut entries = lock(&self.entries);
+        entries.last += 1;
+        let id = entries.last;
+        let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs());
+        let gone = |proxy: &Proxy| lock(&proxy.ended).is_some();
+        entries.by_id.retain(|_, other| other.client != client || !gone(other));
+        let proxy =
+            Arc::new(Proxy { id, client, identity, address, since, stream: Mutex::default(), ended: Mutex::new(None) });
+        entries.by_id.insert(id, proxy.clone());
+        Connected { proxy, proxies: self.clone() }
+    }
+
+    /// A proxy acknowledged or refused something.
+    pub fn settled(&self) {
+        self.settled.send_modify(|count| *count += 1);
+    }
+
+    /// Waits until every connected proxy has acknowledged what is other in `after` than in `before` among endpoints
+    /// (refused counts: waiting longer would not help). `false` when that took longer than `limit`.
+    pub async fn confirmed(&self, before: &Published, after: &Published, limit: Duration) -> bool {
+        let mut settled = self.settled.subscribe();
+        let all = async {
+            while !self.connected().iter().all(|proxy| proxy.has_taken(before, after)) {
+                if settled.changed().await.is_err() {
+                    return;
+                }
+            }
+        };
+        tokio::time::timeout(limit, all).await.is_ok()
+    }
+
+    /// How many are connected.
+    pub fn count(&self) -> usize {
+        self.connected().len()
+    }
+
+    /// All that are listed, by namespace and name.
+    pub fn rows(&self, now: &Published) -> Vec<ProxyRow> {
+        let proxies: Vec<Arc<Proxy>> = lock(&self.entries).by_id.values().cloned().collect();
+        let mut rows: Vec<ProxyRow> = proxies.iter().map(|proxy| proxy.row(now)).collect();
+        rows.sort_by(|one, other| (&one.namespace, &one.name).cmp(&(&other.namespace, &other.name)));
+        rows
+    }
+
+    fn connected(&self) -> Vec<Arc<Proxy>> {
+        let entries = lock(&self.entries);
+        entries.by_id.values().filter(|proxy| lock(&proxy.ended).is_none()).cloned().collect()
+    }
+
+    fn disconnect(&self, id: u64) {
+        let mut entries = lock(&self.entries);
+        let Some(proxy) = entries.by_id.get(&id).cloned() else { return };
+        let now = Instant::now();
+        *lock(&proxy.ended) = Some(now);
+        let replaced = entries.by_id.values().any(|other| other.id != id && other.client == proxy.client);
+        if replaced {
+            entries.by_id.remove(&id);
+        }
+        entries.by_id.retain(|_, other| lock(&other.ended).is_none_or(|at| now.duration_since(at) < REMEMBERED));
+        let gone: Vec<u64> =
+            entries.by_id.values().filter(|other| lock(&other.ended).is_some()).map(|other| other.id).collect();
+        for id in gone.iter().take(gone.len().saturating_sub(MAX_REMEMBERED)) {
+            entries.by_id.remove(id);
+        }
+        drop(entries);
+        // Nobody waits for it any more.
+        self.settled();
+    }
+}
+
+impl Proxy {
+    /// The state of its stream.
+    pub fn stream(&self) -> MutexGuard<'_, Stream> {
+        lock(&self.stream)
+    }
+
+    fn has_taken(&self, before: &Published, after: &Published) -> bool {
+        let stream = self.stream();
+        let endpoints = [type_url::ENDPOINTS, type_url::WORKLOAD, type_url::SERVICE];
+        stream.subscriptions().filter(|(kind, ..)| endpoints.contains(kind)).all(|(kind, name, subscription)| {
+            let Ok(key) = name.parse::<Key>() else { return true };
+            let version = |state: &Published| state.answer(kind, &key, &self.client).map(|found| found.version.clone());
+            let (was, is) = (version(before), version(after));
+            if was == is {
+                return true;
+            }
+            let held = |version: Option<String>| version.map_or(Held::Absent, Held::Version);
+            let (was, is) = (held(was), held(is));
+            let acked = subscription.acked.as_ref();
+            let refused = subscription.rejected.as_ref().is_some_and(|rejected| rejected.held == is);
+            // A later state may have been sent meanwhile: it includes this one.
+            refused || acked == Some(&is) || (acked == subscription.sent.as_ref() && acked != Some(&was))
+        })
+    }
+
+    fn row(&self, now: &Published) -> ProxyRow {
+        let stream = self.stream();
+        let mut resources = Vec::new();
+        let mut nacks = Vec::new();
+        let (mut acknowledged, mut pending) = (0, 0);
+        for (kind, name, subscription) in stream.subscriptions() {
+            let latest = match name.parse::<Key>() {
+                Ok(Key::SelfOf(workload)) if workload != self.client.workload => None,
+                Ok(key) => now.answer(kind, &key, &self.client),
+                Err(_) => None,
+            };
+            let latest = latest.map_or(Held::Absent, |found| Held::Version(found.version.clone()));
+            match &subscription.rejected {
+                Some(rejected) => nacks.push(NackRow {
+                    name: name.to_owned(),
+                    resource: name.to_owned(),
+                    version: text(&rejected.held),
+                    reason: rejected.reason.clone(),
+                }),
+                None if subscription.acked.as_ref() == Some(&latest) => acknowledged += 1,
+                None => pending += 1,
+            }
+            resources.push(ResourceRow {
+                kind: kind.rsplit('.').next().unwrap_or_default().to_owned(),
+                name: name.to_owned(),
+                acked: subscription.acked.as_ref().map(text),
+                latest: text(&latest),
+            });
+        }
+        ProxyRow {
+            name: self.client.workload.clone(),
+            workload: self.client.workload.clone(),
+            namespace: self.client.namespace.clone(),
+            identity: self.identity.clone(),
+            address: self.address.clone(),
+            connected: lock(&self.ended).is_none(),
+            since: self.since,
+            acknowledged,
+            pending,
+            resources,
+            nacks,
+        }
+    }
+}
+
+impl std::ops::Deref for Connected {
+    type Target = Proxy;
+
+    fn deref(&self) -> &Proxy {
+        &self.proxy
+    }
+}
+
+impl Drop for Connected {
+    fn drop(&mut self) {
+        self.proxies.disconnect(self.proxy.id);
+    }
+}
+
+fn text(held: &Held) -> String {
+    match held {
+        Held::Absent => String::new(),
+        Held::Version(version) => version.clone(),
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
