@@ -4,9 +4,11 @@
 //! The way of a change: [`source`] (files) → [`store`] (last good version of each resource) → [`mesh`] (one catalog,
 //! published by one swap) → [`delta`] (per stream: what must be sent) → [`discovery`] (gRPC).
 
+pub mod api;
 pub mod delta;
 pub mod discovery;
 pub mod durable;
+pub mod flags;
 pub mod lease;
 pub mod mesh;
 pub mod metrics;
@@ -15,5 +17,6 @@ pub mod peer;
 pub mod proxies;
 pub mod refusals;
 pub mod registry;
+pub mod server;
 pub mod source;
 pub mod store;
