@@ -90,8 +90,8 @@ fn main() -> ExitCode {
 fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     let Cli { global, command } = cli;
     match command {
-        Command::Demo(args) => demo::run(&args),
-        Command::DemoApp(args) => demo::app::run(&args),
+        Command::Demo(args) => demo::run(args),
+        Command::DemoApp(args) => demo::app::run(args),
         Command::Intercept(args) => intercept::run(&args, global.output),
         Command::Token(args) => token::run(&args, &global),
         Command::Status => status::run(&global),

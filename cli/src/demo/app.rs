@@ -62,11 +62,7 @@ async fn serve(args: Args) -> anyhow::Result<ExitCode> {
     }
 }
 
-async fn answer(
-    args: &Args,
-    client: &Calls,
-    request: Request<Incoming>,
-) -> Result<Response<Full<Bytes>>, Infallible> {
+async fn answer(args: &Args, client: &Calls, request: Request<Incoming>) -> Result<Response<Full<Bytes>>, Infallible> {
     let (status, headers, called) = match (&args.calls, args.proxy) {
         (Some(service), Some(proxy)) => match call(client, proxy, service, request.headers()).await {
             Ok(answer) => answer,

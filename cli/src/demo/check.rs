@@ -72,7 +72,7 @@ type Seen = Result<String, String>;
 pub(super) async fn run(shop: &mut Shop, load: &Load) -> Result<(), Failure> {
     let start = Instant::now();
     let serials = certificates(shop).await;
-    let mut step = |condition: Condition, seen: Seen| match seen {
+    let step = |condition: Condition, seen: Seen| match seen {
         Ok(seen) => {
             say(&format!("ok  {:>4.1} s  {condition}: {seen}", start.elapsed().as_secs_f64()));
             Ok(())

@@ -41,6 +41,8 @@ struct Picture {
     split: BTreeMap<String, f64>,
     requests: usize,
     errors: usize,
+    /// Slowest answer but one in a hundred, milliseconds
+    p99: Option<f64>,
 }
 
 /// Shows the mesh until `q` or Ctrl-C; plain lines where the output is no terminal.
@@ -121,6 +123,9 @@ async fn look(shop: &Shop, load: &Load, last: &mut BTreeMap<&'static str, Scrape
     let recent = load.since(Instant::now().checked_sub(WINDOW).unwrap_or_else(Instant::now));
     picture.requests = recent.len();
     picture.errors = recent.iter().filter(|outcome| outcome.error.is_some()).count();
+    let mut latencies: Vec<Duration> = recent.iter().map(|outcome| outcome.latency).collect();
+    latencies.sort_unstable();
+    picture.p99 = latencies.get(latencies.len() * 99 / 100).map(|latency| latency.as_secs_f64() * 1e3);
     let mut counts: BTreeMap<String, f64> = BTreeMap::new();
     for version in recent.iter().filter_map(|outcome| outcome.version.clone()) {
         *counts.entry(version).or_default() += 1.0;
