@@ -1,5 +1,6 @@
 //! The filters of one exchange, in order.
 
+use std::rc::Rc;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -19,8 +20,8 @@ pub struct Chain {
     /// The request phase ended early: later filters never saw the request.
     cut: bool,
     grpc: bool,
-    info: StreamInfo,
-    heads: Heads,
+    info: Rc<StreamInfo>,
+    heads: Rc<Heads>,
     state: FilterState,
     done: bool,
 }
@@ -47,8 +48,8 @@ impl Chain {
             reached: 0,
             cut: false,
             grpc: false,
-            info,
-            heads: Heads::default(),
+            info: Rc::new(info),
+            heads: Rc::default(),
             state: FilterState::default(),
             done: false,
         }
@@ -61,7 +62,7 @@ impl Chain {
 
     /// Facts that become known later (upstream, route).
     pub fn info_mut(&mut self) -> &mut StreamInfo {
-        &mut self.info
+        Rc::make_mut(&mut self.info)
     }
 
     /// Runs the request filters. `Respond`, `Failed` and `Reset` end the request phase: nothing goes upstream, and
@@ -82,7 +83,7 @@ impl Chain {
             }
         }
         if self.filters.iter().any(|filter| filter.keeps_request()) {
-            self.heads.request = Some(Box::new(copy_request(head)));
+            self.keep(|heads| heads.request = Some(Box::new(copy_request(head))));
         }
         match action {
             Action::Respond(local) => {
@@ -121,13 +122,20 @@ impl Chain {
             }
         }
         if self.filters.iter().any(|filter| filter.keeps_response()) {
-            self.heads.response = Some(Box::new(copy_response(head)));
+            self.keep(|heads| heads.response = Some(Box::new(copy_response(head))));
         }
         let Some(body) = local else { return Outcome::Continue };
         let mut response = Response::new(body);
         *response.status_mut() = head.status;
         *response.headers_mut() = std::mem::take(&mut head.headers);
         Outcome::Respond(response)
+    }
+
+    /// Callbacks share the copies only while they run.
+    fn keep(&mut self, set: impl FnOnce(&mut Heads)) {
+        if let Some(heads) = Rc::get_mut(&mut self.heads) {
+            set(heads);
+        }
     }
 
     /// True: a filter cut the request phase short.

@@ -12,7 +12,10 @@ pub mod wasm;
 pub use chain::Chain;
 pub use info::{FilterState, Heads, StreamInfo};
 pub use local::LocalResponse;
-pub use plugin::{Compiler, FilterError, Health, Plugin, Plugins, Settings, StatusRow, release_unused};
+pub use plugin::{Compiler, FilterError, Health, Plugin, Plugins, Settings, StatusRow};
+pub use wasm::{release_unused, warm};
+
+use std::rc::Rc;
 
 use bytes::Bytes;
 use http::{Response, request, response};
@@ -85,9 +88,9 @@ pub trait Filter {
 #[derive(Debug)]
 pub struct Stream<'a> {
     /// Facts of the exchange
-    pub info: &'a StreamInfo,
+    pub info: &'a Rc<StreamInfo>,
     /// Copies of the heads, where a filter of the chain asked for them
-    pub heads: &'a Heads,
+    pub heads: &'a Rc<Heads>,
     /// Properties that filters set
     pub state: &'a mut FilterState,
 }

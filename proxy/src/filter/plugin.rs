@@ -1,20 +1,29 @@
 //! Prepared WASM filters, shared by all workers.
 
+use std::collections::HashMap;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use outrigger_proto::mesh;
 use serde::Serialize;
 
 use super::Filter;
+use super::wasm::{Counters, Ready, Restart, Runtime, WasmFilter};
+
+/// Milliseconds where a specification has 0.
+const BACKOFF: u64 = 1_000;
+const MAX_BACKOFF: u64 = 60_000;
 
 /// Where modules are compiled.
 #[derive(Debug, Clone)]
 pub enum Compiler {
     /// In this process: for tests
     InProcess,
-    /// In a child process of this executable, with limits of memory and time
+    /// In a child process of this executable, with limits of memory and time; its `main` calls
+    /// [`compile_main`](super::wasm::compile_main)
     Child(PathBuf),
 }
 
@@ -55,9 +64,9 @@ pub enum FilterError {
 pub enum Health {
     /// Instances run, or will at the first request
     Running,
-    /// An instance failed and a new one waits for its time
+    /// Three failures in 10 s: the next instance waits for its time
     BackingOff,
-    /// Three failures in 10 s: restarts are spaced out up to the maximum
+    /// The wait has reached its maximum
     Quarantined,
 }
 
@@ -73,12 +82,12 @@ pub struct StatusRow {
     /// Worst of all workers
     pub health: Health,
     /// Live instances, over all workers
-    pub instances: u64,
+    pub instances: usize,
     /// Exchanges that entered the filter
     pub requests: u64,
     /// Callbacks made
     pub calls: u64,
-    /// Callbacks that trapped, ran too long or used too much memory
+    /// Instances that trapped, ran too long or used too much memory
     pub failures: u64,
     /// Of these, the ones that ran too long
     pub timeouts: u64,
@@ -86,53 +95,224 @@ pub struct StatusRow {
     pub memory_bytes: u64,
     /// The last failure
     pub last_error: Option<String>,
+    /// Why the newest version is not the one that serves
+    pub refused: Option<String>,
 }
 
 /// A WASM filter, compiled, linked and tried once; of one version of its configuration. Shared by all workers.
 #[derive(Debug)]
-pub struct Plugin {}
+pub struct Plugin {
+    id: u64,
+    ready: Ready,
+    source: mesh::Filter,
+    failures: AtomicU64,
+    timeouts: AtomicU64,
+    /// Taken when an instance starts or fails, and for the status: never on the way of a request that goes well.
+    slow: Mutex<Slow>,
+}
+
+#[derive(Debug)]
+struct Slow {
+    restart: Restart,
+    last_error: Option<String>,
+    counters: Vec<Arc<Counters>>,
+    retired: (u64, u64),
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 impl Plugin {
     /// This filter's part in one exchange, on the calling worker.
-    pub fn filter(_plugin: &Arc<Self>) -> Box<dyn Filter> {
-        unreachable!()
+    pub fn filter(plugin: &Arc<Self>) -> Box<dyn Filter> {
+        Box::new(WasmFilter::new(Arc::clone(plugin)))
+    }
+
+    /// `<namespace>/<name>`
+    pub fn name(&self) -> &str {
+        &self.ready.spec.name
+    }
+
+    pub(super) fn id(&self) -> u64 {
+        self.id
+    }
+
+    pub(super) fn fail_open(&self) -> bool {
+        self.ready.spec.fail_open
+    }
+
+    pub(super) fn keeps_heads(&self) -> bool {
+        self.ready.keeps_heads
+    }
+
+    /// Whether an instance may start now; if not, why.
+    pub(super) fn may_start(&self, now: Instant) -> Result<(), String> {
+        let slow = lock(&self.slow);
+        match slow.restart.wait(now) {
+            None => Ok(()),
+            Some(wait) => Err(format!(
+                "it failed too often and starts again in {wait:.1?}; last: {}",
+                slow.last_error.as_deref().unwrap_or("unknown")
+            )),
+        }
+    }
+
+    pub(super) fn start(&self) -> Result<super::wasm::Instance, super::wasm::Failure> {
+        let counters = Arc::<Counters>::default();
+        let instance = self.ready.start(Arc::clone(&counters))?;
+        let mut slow = lock(&self.slow);
+        slow.settle();
+        slow.counters.push(counters);
+        Ok(instance)
+    }
+
+    /// An instance failed, or could not start.
+    pub(super) fn failed(&self, reason: String, timeout: bool) {
+        self.failures.fetch_add(1, Ordering::Relaxed);
+        self.timeouts.fetch_add(u64::from(timeout), Ordering::Relaxed);
+        let now = Instant::now();
+        let mut slow = lock(&self.slow);
+        let waited = slow.restart.wait(now).is_some();
+        slow.restart.failed(now);
+        // While it waits, others' failures of the same moment would only repeat the line.
+        if !waited {
+            let next = slow.restart.wait(now).map_or_else(|| "at once".to_owned(), |wait| format!("in {wait:?}"));
+            tracing::warn!(filter = self.name(), reason, next, "a filter's instance failed");
+        }
+        slow.last_error = Some(reason);
+    }
+
+    fn row(&self, now: Instant) -> StatusRow {
+        let mut slow = lock(&self.slow);
+        slow.settle();
+        let sum = |field: fn(&Counters) -> &AtomicU64| -> u64 {
+            slow.counters.iter().map(|counters| field(counters).load(Ordering::Relaxed)).sum()
+        };
+        StatusRow {
+            namespace: self.source.namespace.clone(),
+            name: self.source.name.clone(),
+            sha256: self.source.sha256.clone(),
+            health: match slow.restart.wait(now) {
+                None => Health::Running,
+                Some(_) if slow.restart.at_maximum(now) => Health::Quarantined,
+                Some(_) => Health::BackingOff,
+            },
+            instances: slow.counters.len(),
+            requests: slow.retired.0 + sum(|counters| &counters.requests),
+            calls: slow.retired.1 + sum(|counters| &counters.calls),
+            failures: self.failures.load(Ordering::Relaxed),
+            timeouts: self.timeouts.load(Ordering::Relaxed),
+            memory_bytes: sum(|counters| &counters.memory),
+            last_error: slow.last_error.clone(),
+            refused: None,
+        }
+    }
+}
+
+impl Slow {
+    /// Moves the counts of instances that are gone to the total.
+    fn settle(&mut self) {
+        let retired = &mut self.retired;
+        self.counters.retain(|counters| {
+            let alive = Arc::strong_count(counters) > 1;
+            if !alive {
+                retired.0 += counters.requests.load(Ordering::Relaxed);
+                retired.1 += counters.calls.load(Ordering::Relaxed);
+            }
+            alive
+        });
     }
 }
 
 /// Every WASM filter of this process: one engine, one cache.
 #[derive(Debug)]
-pub struct Plugins {}
+pub struct Plugins {
+    compiler: Compiler,
+    runtime: Arc<Runtime>,
+    known: Mutex<HashMap<(String, String), Known>>,
+    next: AtomicU64,
+}
+
+#[derive(Debug, Default)]
+struct Known {
+    plugin: Weak<Plugin>,
+    refused: Option<String>,
+}
 
 impl Plugins {
     /// Makes the engine and the cache directory.
     ///
     /// # Errors
     /// When the engine cannot be made on this machine, or the directory is not there and cannot be made.
-    pub fn new(_settings: Settings) -> Result<Self, FilterError> {
-        Ok(Self {})
+    pub fn new(settings: Settings) -> Result<Self, FilterError> {
+        let Settings { compiler, cache } = settings;
+        let runtime = Arc::new(Runtime::new(&cache)?);
+        Ok(Self { compiler, runtime, known: Mutex::default(), next: AtomicU64::new(1) })
     }
 
     /// True: [`Plugins::prepare`] needs no bytes for this digest.
-    pub fn has_module(&self, _sha256: &str) -> bool {
-        false
+    pub fn has_module(&self, sha256: &str) -> bool {
+        self.runtime.cache.has(sha256)
     }
 
     /// Compiles (in the cache, or from `module`), links and tries a filter: its start-up, `on_vm_start` and `on_configure` ran
-    /// in a throw-away instance when this returns. The same specification again gives the same plugin.
+    /// in a throw-away instance when this returns. The same specification again gives the same plugin, as long as it is in use.
     ///
     /// Off the data path: runs on the caller's runtime and its blocking threads.
     ///
     /// # Errors
     /// When the module or its configuration is refused; what serves stays as it is.
-    pub async fn prepare(&self, _spec: &mesh::Filter, _module: Option<Bytes>) -> Result<Arc<Plugin>, FilterError> {
-        Ok(Arc::new(Plugin {}))
+    pub async fn prepare(&self, spec: &mesh::Filter, module: Option<Bytes>) -> Result<Arc<Plugin>, FilterError> {
+        let key = (spec.namespace.clone(), spec.name.clone());
+        let same = lock(&self.known).get_mut(&key).and_then(|known| {
+            let plugin = known.plugin.upgrade().filter(|plugin| plugin.source == *spec)?;
+            known.refused = None;
+            Some(plugin)
+        });
+        if let Some(plugin) = same {
+            return Ok(plugin);
+        }
+        let result = self.prepare_new(spec, module).await;
+        let mut known = lock(&self.known);
+        known.retain(|_, known| known.plugin.strong_count() > 0 || known.refused.is_some());
+        let entry = known.entry(key).or_default();
+        match &result {
+            Ok(plugin) => *entry = Known { plugin: Arc::downgrade(plugin), refused: None },
+            // The caller fetches it and comes again.
+            Err(FilterError::Missing(_)) => {}
+            Err(error) => entry.refused = Some(error.to_string()),
+        }
+        result
     }
 
-    /// Rows of `/filters`, by name. A version that only drains is not listed.
+    async fn prepare_new(&self, spec: &mesh::Filter, module: Option<Bytes>) -> Result<Arc<Plugin>, FilterError> {
+        self.runtime.fill(&self.compiler, &spec.sha256, module).await?;
+        let (runtime, source) = (Arc::clone(&self.runtime), spec.clone());
+        let ready = tokio::task::spawn_blocking(move || runtime.ready(&source))
+            .await
+            .map_err(|error| FilterError::Io("trying a filter".into(), std::io::Error::other(error)))??;
+        let or = |value: u64, default: u64| Duration::from_millis(if value == 0 { default } else { value });
+        let restart = Restart::new(or(spec.backoff_ms, BACKOFF), or(spec.max_backoff_ms, MAX_BACKOFF));
+        Ok(Arc::new(Plugin {
+            id: self.next.fetch_add(1, Ordering::Relaxed),
+            ready,
+            source: spec.clone(),
+            failures: AtomicU64::new(0),
+            timeouts: AtomicU64::new(0),
+            slow: Mutex::new(Slow { restart, last_error: None, counters: Vec::new(), retired: (0, 0) }),
+        }))
+    }
+
+    /// Rows of `/filters`, by namespace and name. A version that only drains is not listed.
     pub fn status(&self) -> Vec<StatusRow> {
-        Vec::new()
+        let now = Instant::now();
+        let known = lock(&self.known);
+        let mut rows: Vec<StatusRow> = known
+            .values()
+            .filter_map(|known| Some(StatusRow { refused: known.refused.clone(), ..known.plugin.upgrade()?.row(now) }))
+            .collect();
+        rows.sort_by(|a, b| (&a.namespace, &a.name).cmp(&(&b.namespace, &b.name)));
+        rows
     }
 }
-
-/// Drops the calling worker's instances of filters that no snapshot and no exchange uses any more. Workers call it after a swap.
-pub fn release_unused() {}

@@ -1,0 +1,382 @@
+//! Header maps as guests see them: pseudo headers in front, names in lower case, nothing that could break the message.
+
+use http::uri::{Authority, PathAndQuery, Scheme, Uri};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Version, header, request, response};
+
+use super::abi::{Pair, Status};
+
+type Reply<T = ()> = Result<T, Status>;
+
+/// Bytes of a header block that a guest may build, names and values together.
+const BLOCK: usize = 64 * 1024;
+
+/// Framing and hop-by-hop headers: the proxy's own. Guests read them, and may remove `content-length`.
+const FRAMING: [HeaderName; 5] =
+    [header::CONTENT_LENGTH, header::TRANSFER_ENCODING, header::CONNECTION, header::UPGRADE, header::TE];
+
+/// Pseudo headers that a guest removed and that the message cannot do without; a bit each.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Lacking(u8);
+
+impl Lacking {
+    fn set(&mut self, index: usize, lacking: bool) {
+        let bit = 1 << index;
+        self.0 = if lacking { self.0 | bit } else { self.0 & !bit };
+    }
+
+    /// The first one, of a head of type `H`.
+    pub(super) fn first<H: Head>(self) -> Option<&'static str> {
+        H::PSEUDO.iter().enumerate().find(|(index, _)| self.0 >> index & 1 == 1).map(|(_, name)| *name)
+    }
+}
+
+/// A message head with its pseudo headers.
+pub(super) trait Head {
+    /// Names, in the order in which guests see them
+    const PSEUDO: &'static [&'static str];
+    fn pseudo(&self, name: &str) -> Option<&[u8]>;
+    fn set_pseudo(&mut self, name: &str, value: &[u8]) -> Reply;
+    fn fields(&self) -> &HeaderMap;
+    fn fields_mut(&mut self) -> &mut HeaderMap;
+    /// A field that a pseudo header stands for.
+    fn hidden(&self, _name: &HeaderName) -> bool {
+        false
+    }
+}
+
+impl Head for request::Parts {
+    const PSEUDO: &'static [&'static str] = &[":method", ":path", ":authority", ":scheme"];
+
+    fn pseudo(&self, name: &str) -> Option<&[u8]> {
+        match name {
+            ":method" => Some(self.method.as_str().as_bytes()),
+            ":path" => Some(self.uri.path_and_query().map_or("/", PathAndQuery::as_str).as_bytes()),
+            ":authority" => match self.uri.authority() {
+                Some(authority) => Some(authority.as_str().as_bytes()),
+                None => self.headers.get(header::HOST).map(HeaderValue::as_bytes),
+            },
+            ":scheme" => Some(self.uri.scheme_str().unwrap_or("http").as_bytes()),
+            _ => None,
+        }
+    }
+
+    fn set_pseudo(&mut self, name: &str, value: &[u8]) -> Reply {
+        let bad = |_| Status::BadArgument;
+        match name {
+            ":method" => {
+                let method = Method::from_bytes(value).map_err(|_| Status::BadArgument)?;
+                if method == Method::CONNECT {
+                    return Err(Status::BadArgument);
+                }
+                self.method = method;
+            }
+            ":path" => {
+                if !(value.starts_with(b"/") || value == b"*") || value.contains(&b'#') {
+                    return Err(Status::BadArgument);
+                }
+                let path = PathAndQuery::try_from(value).map_err(bad)?;
+                let mut parts = self.uri.clone().into_parts();
+                parts.path_and_query = Some(path);
+                self.uri = Uri::from_parts(parts).map_err(|_| Status::BadArgument)?;
+            }
+            ":authority" => {
+                let authority = Authority::try_from(value).map_err(bad)?;
+                if authority.as_str().contains('@') {
+                    return Err(Status::BadArgument);
+                }
+                let host = HeaderValue::from_bytes(value).map_err(|_| Status::BadArgument)?;
+                if self.uri.authority().is_some() {
+                    let mut parts = self.uri.clone().into_parts();
+                    parts.authority = Some(authority);
+                    self.uri = Uri::from_parts(parts).map_err(|_| Status::BadArgument)?;
+                }
+                // HTTP/2 may carry the authority in the URI alone; what is there stays consistent.
+                if self.headers.contains_key(header::HOST) || self.version < Version::HTTP_2 {
+                    self.headers.insert(header::HOST, host);
+                }
+            }
+            ":scheme" => {
+                let scheme = Scheme::try_from(value).map_err(bad)?;
+                // The transport decides it.
+                if Some(scheme.as_str().as_bytes()) != self.pseudo(":scheme") {
+                    return Err(Status::BadArgument);
+                }
+            }
+            _ => return Err(Status::BadArgument),
+        }
+        Ok(())
+    }
+
+    fn fields(&self) -> &HeaderMap {
+        &self.headers
+    }
+
+    fn fields_mut(&mut self) -> &mut HeaderMap {
+        &mut self.headers
+    }
+
+    fn hidden(&self, name: &HeaderName) -> bool {
+        *name == header::HOST
+    }
+}
+
+impl Head for response::Parts {
+    const PSEUDO: &'static [&'static str] = &[":status"];
+
+    fn pseudo(&self, name: &str) -> Option<&[u8]> {
+        (name == ":status").then(|| self.status.as_str().as_bytes())
+    }
+
+    fn set_pseudo(&mut self, name: &str, value: &[u8]) -> Reply {
+        let status = StatusCode::from_bytes(value).map_err(|_| Status::BadArgument)?;
+        if name != ":status" || !(200..600).contains(&status.as_u16()) {
+            return Err(Status::BadArgument);
+        }
+        self.status = status;
+        Ok(())
+    }
+
+    fn fields(&self) -> &HeaderMap {
+        &self.headers
+    }
+
+    fn fields_mut(&mut self) -> &mut HeaderMap {
+        &mut self.headers
+    }
+}
+
+/// Every pair, pseudo headers first.
+pub(super) fn pairs<H: Head>(head: &H) -> Vec<Pair<'_>> {
+    let pseudo = H::PSEUDO.iter().filter_map(|name| Some((name.as_bytes(), head.pseudo(name)?)));
+    let fields = head.fields().iter().filter(|(name, _)| !head.hidden(name));
+    pseudo.chain(fields.map(|(name, value)| (name.as_str().as_bytes(), value.as_bytes()))).collect()
+}
+
+/// How many pairs there are, without making them.
+pub(super) fn count<H: Head>(head: &H) -> usize {
+    let hidden = H::PSEUDO.contains(&":authority").then(|| head.fields().get_all(header::HOST).iter().count());
+    H::PSEUDO.iter().filter(|name| head.pseudo(name).is_some()).count() + head.fields().len() - hidden.unwrap_or(0)
+}
+
+/// Bytes of names and values.
+pub(super) fn size<H: Head>(head: &H) -> usize {
+    pairs(head).iter().map(|(name, value)| name.len() + value.len()).sum()
+}
+
+/// Index of a pseudo header, with `host` as another name of `:authority`.
+fn pseudo_index<H: Head>(key: &[u8]) -> Option<usize> {
+    let key: &[u8] = if key.eq_ignore_ascii_case(b"host") { b":authority" } else { key };
+    if key.first() != Some(&b':') {
+        return None;
+    }
+    H::PSEUDO.iter().position(|name| key.eq_ignore_ascii_case(name.as_bytes()))
+}
+
+fn name_of(key: &[u8]) -> Reply<HeaderName> {
+    HeaderName::from_bytes(key).map_err(|_| Status::BadArgument)
+}
+
+fn value_of(value: &[u8]) -> Reply<HeaderValue> {
+    HeaderValue::from_bytes(value).map_err(|_| Status::BadArgument)
+}
+
+/// The first value of a key.
+pub(super) fn get<'a, H: Head>(head: &'a H, key: &[u8]) -> Option<&'a [u8]> {
+    if let Some(index) = pseudo_index::<H>(key) {
+        return head.pseudo(H::PSEUDO.get(index)?);
+    }
+    head.fields().get(HeaderName::from_bytes(key).ok()?).map(HeaderValue::as_bytes)
+}
+
+/// Appends a value; a pseudo header is replaced.
+pub(super) fn add<H: Head>(head: &mut H, lacking: &mut Lacking, key: &[u8], value: &[u8]) -> Reply {
+    if let Some(index) = pseudo_index::<H>(key) {
+        return replace_pseudo(head, lacking, index, value);
+    }
+    let (name, value) = (name_of(key)?, value_of(value)?);
+    if FRAMING.contains(&name) || size(head) + name.as_str().len() + value.len() > BLOCK {
+        return Err(Status::BadArgument);
+    }
+    head.fields_mut().try_append(name, value).map(drop).map_err(|_| Status::BadArgument)
+}
+
+/// Replaces every value of a key, or adds it.
+pub(super) fn replace<H: Head>(head: &mut H, lacking: &mut Lacking, key: &[u8], value: &[u8]) -> Reply {
+    if let Some(index) = pseudo_index::<H>(key) {
+        return replace_pseudo(head, lacking, index, value);
+    }
+    let (name, value) = (name_of(key)?, value_of(value)?);
+    let same = head.fields().get(&name) == Some(&value);
+    if FRAMING.contains(&name) {
+        return if same { Ok(()) } else { Err(Status::BadArgument) };
+    }
+    if size(head) + name.as_str().len() + value.len() > BLOCK {
+        return Err(Status::BadArgument);
+    }
+    head.fields_mut().try_insert(name, value).map(drop).map_err(|_| Status::BadArgument)
+}
+
+fn replace_pseudo<H: Head>(head: &mut H, lacking: &mut Lacking, index: usize, value: &[u8]) -> Reply {
+    let name = H::PSEUDO.get(index).ok_or(Status::BadArgument)?;
+    if value.len() > BLOCK {
+        return Err(Status::BadArgument);
+    }
+    head.set_pseudo(name, value)?;
+    lacking.set(index, false);
+    Ok(())
+}
+
+/// Removes every value of a key.
+pub(super) fn remove<H: Head>(head: &mut H, lacking: &mut Lacking, key: &[u8]) -> Reply {
+    if let Some(index) = pseudo_index::<H>(key) {
+        lacking.set(index, true);
+        return Ok(());
+    }
+    let name = name_of(key)?;
+    if !FRAMING.contains(&name) || name == header::CONTENT_LENGTH {
+        head.fields_mut().remove(name);
+    }
+    Ok(())
+}
+
+/// Replaces everything but framing headers, which stay as they are (`content-length` only if it is among the pairs). On an
+/// error nothing is changed.
+pub(super) fn replace_all<H: Head>(head: &mut H, lacking: &mut Lacking, pairs: &[Pair<'_>]) -> Reply {
+    if pairs.iter().map(|(name, value)| name.len() + value.len()).sum::<usize>() > BLOCK {
+        return Err(Status::BadArgument);
+    }
+    let mut fields = HeaderMap::with_capacity(pairs.len());
+    let mut pseudo = Vec::new();
+    let mut length = false;
+    for (key, value) in pairs {
+        if let Some(index) = pseudo_index::<H>(key) {
+            pseudo.push((index, *value));
+            continue;
+        }
+        let name = name_of(key)?;
+        length |= name == header::CONTENT_LENGTH;
+        if !FRAMING.contains(&name) {
+            fields.try_append(name, value_of(value)?).map_err(|_| Status::BadArgument)?;
+        }
+    }
+    for name in FRAMING.iter().filter(|name| length || **name != header::CONTENT_LENGTH) {
+        for value in head.fields().get_all(name) {
+            fields.try_append(name.clone(), value.clone()).map_err(|_| Status::BadArgument)?;
+        }
+    }
+    for name in [header::HOST] {
+        if let Some(value) = head.fields().get(&name).filter(|_| head.hidden(&name)) {
+            fields.insert(name, value.clone());
+        }
+    }
+    let before: Vec<Option<Vec<u8>>> = H::PSEUDO.iter().map(|name| head.pseudo(name).map(<[u8]>::to_vec)).collect();
+    let old = std::mem::replace(head.fields_mut(), fields);
+    for (index, value) in &pseudo {
+        let name = H::PSEUDO.get(*index).ok_or(Status::BadArgument)?;
+        if let Err(status) = head.set_pseudo(name, value) {
+            *head.fields_mut() = old;
+            for (name, value) in H::PSEUDO.iter().zip(before) {
+                value.map_or(Ok(()), |value| head.set_pseudo(name, &value))?;
+            }
+            return Err(status);
+        }
+    }
+    for index in 0..H::PSEUDO.len() {
+        // A scheme is not the guest's to give.
+        let given = pseudo.iter().any(|(at, _)| *at == index) || H::PSEUDO.get(index) == Some(&":scheme");
+        lacking.set(index, !given);
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn request() -> request::Parts {
+        let request = http::Request::builder()
+            .uri("/a?b=c")
+            .header("host", "reviews")
+            .header("x-dup", "1")
+            .header("x-dup", "2")
+            .header("content-length", "3");
+        request.body(()).unwrap().into_parts().0
+    }
+
+    #[test]
+    fn values_are_read_replaced_and_removed() {
+        let (mut head, mut lacking) = (request(), Lacking::default());
+        assert_eq!(get(&head, b"X-Dup"), Some(&b"1"[..]));
+        assert_eq!(count(&head), pairs(&head).len());
+        add(&mut head, &mut lacking, b"X-DUP", b"3").unwrap();
+        assert_eq!(head.headers.get_all("x-dup").iter().count(), 3);
+        replace(&mut head, &mut lacking, b"x-dup", b"4").unwrap();
+        assert_eq!(head.headers.get_all("x-dup").iter().collect::<Vec<_>>(), ["4"]);
+        remove(&mut head, &mut lacking, b"x-dup").unwrap();
+        remove(&mut head, &mut lacking, b"x-dup").unwrap();
+        assert_eq!(get(&head, b"x-dup"), None);
+    }
+
+    #[test]
+    fn pseudo_headers_are_parts_of_the_message() {
+        let (mut head, mut lacking) = (request(), Lacking::default());
+        assert_eq!(get(&head, b"host"), Some(&b"reviews"[..]));
+        replace(&mut head, &mut lacking, b":path", b"/rewritten?a=b").unwrap();
+        assert_eq!(head.uri, "/rewritten?a=b");
+        replace(&mut head, &mut lacking, b"host", b"ratings:80").unwrap();
+        assert_eq!(head.headers["host"], "ratings:80");
+        replace(&mut head, &mut lacking, b":method", b"PUT").unwrap();
+        assert_eq!(head.method, Method::PUT);
+        for (key, value) in [
+            (":path", "x"),
+            (":path", "/a b"),
+            (":method", "CONNECT"),
+            (":authority", "a@b"),
+            (":scheme", "ftp"),
+            (":nope", "x"),
+        ] {
+            let result = replace(&mut head, &mut lacking, key.as_bytes(), value.as_bytes());
+            assert_eq!(result, Err(Status::BadArgument), "{key} {value}");
+        }
+        assert_eq!(head.uri, "/rewritten?a=b");
+    }
+
+    #[test]
+    fn nothing_breaks_the_message() {
+        let (mut head, mut lacking) = (request(), Lacking::default());
+        for (key, value) in [
+            (&b"x"[..], &b"a\r\nb: c"[..]),
+            (b"x y", b"z"),
+            (b"", b"z"),
+            (b"transfer-encoding", b"chunked"),
+            (b"content-length", b"9"),
+            (b"x", &[b'a'; 70_000]),
+        ] {
+            assert_eq!(add(&mut head, &mut lacking, key, value), Err(Status::BadArgument));
+            assert_eq!(replace(&mut head, &mut lacking, key, value), Err(Status::BadArgument));
+            assert_eq!(
+                replace_all(&mut head, &mut lacking, &[(key, value)]).is_err(),
+                !key.starts_with(b"t") && !key.starts_with(b"c")
+            );
+        }
+    }
+
+    #[test]
+    fn all_pairs_are_replaced_at_once() {
+        let (mut head, mut lacking) = (request(), Lacking::default());
+        replace_all(
+            &mut head,
+            &mut lacking,
+            &[(b":method", b"PUT"), (b":path", b"/"), (b"host", b"h"), (b"A", b"1"), (b"a", b"2")],
+        )
+        .unwrap();
+        assert_eq!(lacking.first::<request::Parts>(), None);
+        assert_eq!(head.headers.get_all("a").iter().collect::<Vec<_>>(), ["1", "2"]);
+        assert!(!head.headers.contains_key("content-length"));
+        let before = head.headers.clone();
+        assert!(replace_all(&mut head, &mut lacking, &[(b":method", b"GET"), (b":path", b"nope")]).is_err());
+        assert_eq!((head.headers.clone(), head.method.clone()), (before, Method::PUT));
+        replace_all(&mut head, &mut lacking, &[]).unwrap();
+        assert_eq!(lacking.first::<request::Parts>(), Some(":method"));
+    }
+}

@@ -1,0 +1,419 @@
+//! What the host keeps for one instance: the data of its store.
+
+use std::collections::HashSet;
+use std::hash::{BuildHasherDefault, Hasher};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use http::{request, response};
+use outrigger_proto::mesh;
+use wasmtime::{Caller, Memory, ResourceLimiter, TypedFunc};
+
+use super::super::{FilterState, Heads, LocalResponse, StreamInfo};
+use super::abi::{Abi, Status};
+use super::headers::Lacking;
+use super::ticker::Budget;
+
+/// What a plugin's instances have in common.
+#[derive(Debug)]
+pub(in super::super) struct Spec {
+    /// `<namespace>/<name>`
+    pub(in super::super) name: String,
+    pub(in super::super) root_id: String,
+    pub(in super::super) vm_id: String,
+    pub(in super::super) configuration: Vec<u8>,
+    pub(in super::super) vm_configuration: Vec<u8>,
+    pub(in super::super) environment: Vec<(String, String)>,
+    pub(in super::super) fail_open: bool,
+    /// Bytes of linear memory
+    pub(in super::super) memory: usize,
+    /// CPU time of a callback
+    pub(in super::super) call_time: Duration,
+    pub(super) abi: Abi,
+}
+
+/// Limits where a specification has 0: bytes, milliseconds.
+const MEMORY: u64 = 64 * 1024 * 1024;
+const CALL_TIME: u64 = 5;
+
+impl Spec {
+    pub(super) fn of(source: &mesh::Filter, abi: Abi) -> Self {
+        let or = |value: u64, default: u64| if value == 0 { default } else { value };
+        Self {
+            name: format!("{}/{}", source.namespace, source.name),
+            root_id: source.root_id.clone(),
+            vm_id: source.vm_id.clone(),
+            configuration: source.configuration.to_vec(),
+            vm_configuration: source.vm_configuration.to_vec(),
+            environment: source.environment.clone().into_iter().collect(),
+            fail_open: source.fail_open,
+            memory: usize::try_from(or(source.memory, MEMORY)).unwrap_or(usize::MAX),
+            call_time: Duration::from_millis(or(source.call_time_ms, CALL_TIME)),
+            abi,
+        }
+    }
+}
+
+/// Counters of one instance; written by its worker only, read by anyone.
+#[derive(Debug, Default)]
+#[repr(align(64))]
+pub(in super::super) struct Counters {
+    pub(in super::super) requests: AtomicU64,
+    pub(in super::super) calls: AtomicU64,
+    pub(in super::super) memory: AtomicU64,
+}
+
+impl Counters {
+    /// Adds to a counter that only this thread writes.
+    pub(super) fn bump(counter: &AtomicU64, by: u64) {
+        counter.store(counter.load(Ordering::Relaxed).wrapping_add(by), Ordering::Relaxed);
+    }
+}
+
+/// What is going on while a guest runs: decides what its host calls may do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Phase {
+    /// Instantiation, `_initialize`, `_start`: nothing but logging and WASI
+    Start,
+    /// Callbacks of the root context with no configuration to read
+    Root,
+    /// `on_vm_start`
+    VmStart,
+    /// `on_configure`
+    Configure,
+    /// `on_request_headers`, and `on_context_create` before it
+    Request,
+    /// `on_response_headers`
+    Response,
+    /// `on_log`: heads are read-only copies
+    Log,
+    /// `on_done`, `on_delete`
+    Done,
+}
+
+/// Hashes context ids by themselves.
+#[derive(Debug, Default)]
+pub(super) struct IdHasher(u64);
+
+impl Hasher for IdHasher {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        for byte in bytes {
+            self.0 = self.0.rotate_left(8) ^ u64::from(*byte);
+        }
+    }
+
+    fn write_u32(&mut self, id: u32) {
+        // Spreads the bits that the table looks at.
+        self.0 = u64::from(id).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    }
+}
+
+/// Linear memory and tables within the filter's limit.
+#[derive(Debug)]
+pub(super) struct Limiter {
+    limit: usize,
+    /// An instantiation or a growth was refused
+    pub(super) refused: bool,
+    counters: Arc<Counters>,
+}
+
+const TABLE_ELEMENTS: usize = 100_000;
+
+impl ResourceLimiter for Limiter {
+    fn memory_growing(&mut self, _current: usize, desired: usize, _maximum: Option<usize>) -> wasmtime::Result<bool> {
+        let fits = desired <= self.limit;
+        if fits {
+            self.counters.memory.store(desired as u64, Ordering::Relaxed);
+        }
+        self.refused |= !fits;
+        Ok(fits)
+    }
+
+    fn table_growing(&mut self, _current: usize, desired: usize, _maximum: Option<usize>) -> wasmtime::Result<bool> {
+        Ok(desired <= TABLE_ELEMENTS)
+    }
+
+    fn instances(&self) -> usize {
+        1
+    }
+
+    fn memories(&self) -> usize {
+        1
+    }
+
+    fn tables(&self) -> usize {
+        16
+    }
+}
+
+/// What the current callback did to its stream.
+#[derive(Debug, Default)]
+pub(super) struct Effects {
+    pub(super) reply: Option<LocalResponse>,
+    pub(super) reset: bool,
+    pub(super) resumed: bool,
+    pub(super) modified: bool,
+    pub(super) lacking: Lacking,
+}
+
+/// The data of a store.
+pub(super) struct Host {
+    pub(super) spec: Arc<Spec>,
+    pub(super) counters: Arc<Counters>,
+    pub(super) memory: Option<Memory>,
+    pub(super) allocator: Option<TypedFunc<u32, u32>>,
+    pub(super) limiter: Limiter,
+    pub(super) budget: Budget,
+    pub(super) timed_out: bool,
+    pub(super) phase: Phase,
+    /// The guest's allocator runs inside a host call
+    pub(super) allocating: bool,
+    pub(super) root: u32,
+    /// Live contexts, the root among them
+    pub(super) contexts: HashSet<u32, BuildHasherDefault<IdHasher>>,
+    /// The context of the callback
+    pub(super) current: u32,
+    /// What `set_effective_context` chose
+    pub(super) effective: u32,
+    pub(super) request: request::Parts,
+    pub(super) response: response::Parts,
+    pub(super) info: Option<Rc<StreamInfo>>,
+    pub(super) heads: Option<Rc<Heads>>,
+    pub(super) state: FilterState,
+    pub(super) effects: Effects,
+    pub(super) log: LogLimit,
+}
+
+impl Host {
+    pub(super) fn new(spec: Arc<Spec>, counters: Arc<Counters>) -> Self {
+        Self {
+            limiter: Limiter { limit: spec.memory, refused: false, counters: Arc::clone(&counters) },
+            spec,
+            counters,
+            memory: None,
+            allocator: None,
+            budget: Budget::default(),
+            timed_out: false,
+            phase: Phase::Start,
+            allocating: false,
+            root: 1,
+            contexts: HashSet::default(),
+            current: 1,
+            effective: 1,
+            request: empty_request(),
+            response: empty_response(),
+            info: None,
+            heads: None,
+            state: FilterState::default(),
+            effects: Effects::default(),
+            log: LogLimit::default(),
+        }
+    }
+
+    /// Begins a callback of a context.
+    pub(super) fn begin(&mut self, context: u32, phase: Phase) {
+        self.current = context;
+        self.effective = context;
+        self.phase = phase;
+        self.allocating = false;
+        self.timed_out = false;
+        self.budget.arm(self.spec.call_time);
+        Counters::bump(&self.counters.calls, 1);
+    }
+
+    /// True: the guest acts on the stream that this callback is about.
+    pub(super) fn on_stream(&self) -> bool {
+        self.effective == self.current && self.current != self.root
+    }
+}
+
+/// A head with nothing in it, to leave behind while a guest has the real one.
+pub(super) fn empty_request() -> request::Parts {
+    http::Request::new(()).into_parts().0
+}
+
+/// See [`empty_request`].
+pub(super) fn empty_response() -> response::Parts {
+    http::Response::new(()).into_parts().0
+}
+
+/// Lines per second that one instance may log.
+const LOG_LINES: u32 = 100;
+/// Bytes of a line that are logged.
+const LOG_BYTES: usize = 4096;
+
+/// Keeps a guest from flooding the log.
+#[derive(Debug, Default)]
+pub(super) struct LogLimit {
+    second: Option<Instant>,
+    lines: u32,
+}
+
+impl LogLimit {
+    fn admit(&mut self, now: Instant) -> bool {
+        if self.second.is_none_or(|start| now.saturating_duration_since(start) >= Duration::from_secs(1)) {
+            self.second = Some(now);
+            self.lines = 0;
+        }
+        self.lines = self.lines.saturating_add(1);
+        self.lines <= LOG_LINES
+    }
+}
+
+impl Host {
+    /// Logs a guest's line at a Proxy-Wasm level: one record, truncated, control characters escaped.
+    pub(super) fn log(&mut self, level: u32, line: &[u8]) {
+        if !level_enabled(level) || !self.log.admit(Instant::now()) {
+            return;
+        }
+        let text = String::from_utf8_lossy(line.get(..line.len().min(LOG_BYTES)).unwrap_or_default());
+        let mut text: String = text.chars().flat_map(escape).collect();
+        if line.len() > LOG_BYTES {
+            text.push_str(" [truncated]");
+        }
+        let filter = self.spec.name.as_str();
+        match level {
+            0 => tracing::trace!(target: "filter", filter, "{text}"),
+            1 => tracing::debug!(target: "filter", filter, "{text}"),
+            2 => tracing::info!(target: "filter", filter, "{text}"),
+            3 => tracing::warn!(target: "filter", filter, "{text}"),
+            _ => tracing::error!(target: "filter", filter, "{text}"),
+        }
+    }
+}
+
+fn escape(c: char) -> impl Iterator<Item = char> {
+    let (plain, escaped) = if c.is_control() { (None, Some(c.escape_default())) } else { (Some(c), None) };
+    plain.into_iter().chain(escaped.into_iter().flatten())
+}
+
+fn level_enabled(level: u32) -> bool {
+    match level {
+        0 => tracing::enabled!(target: "filter", tracing::Level::TRACE),
+        1 => tracing::enabled!(target: "filter", tracing::Level::DEBUG),
+        2 => tracing::enabled!(target: "filter", tracing::Level::INFO),
+        3 => tracing::enabled!(target: "filter", tracing::Level::WARN),
+        _ => true,
+    }
+}
+
+/// The lowest Proxy-Wasm level that is logged.
+pub(super) fn log_level() -> u32 {
+    (0..4).find(|level| level_enabled(*level)).unwrap_or(4)
+}
+
+/// Why a host call does not return Ok: a status for the guest, or the end of the guest.
+#[derive(Debug)]
+pub(super) enum Fault {
+    Status(Status),
+    Trap(wasmtime::Error),
+}
+
+impl From<Status> for Fault {
+    fn from(status: Status) -> Self {
+        Self::Status(status)
+    }
+}
+
+pub(super) type Call<T = ()> = Result<T, Fault>;
+
+fn memory_of(caller: &mut Caller<'_, Host>) -> Call<Memory> {
+    // Not known yet while the `start` section runs.
+    let known = caller.data().memory;
+    known
+        .or_else(|| caller.get_export("memory").and_then(wasmtime::Extern::into_memory))
+        .ok_or(Fault::Status(Status::InvalidMemoryAccess))
+}
+
+/// The guest's memory and the host's data, side by side.
+pub(super) fn split<'a>(caller: &'a mut Caller<'_, Host>) -> Call<(&'a mut [u8], &'a mut Host)> {
+    let memory = memory_of(caller)?;
+    Ok(memory.data_and_store_mut(caller))
+}
+
+/// `len` bytes at `ptr`, checked in 64 bits.
+pub(super) fn slice(memory: &[u8], ptr: u32, len: u32) -> Result<&[u8], Status> {
+    let end = u64::from(ptr) + u64::from(len);
+    let range = usize::try_from(ptr).ok().zip(usize::try_from(end).ok()).ok_or(Status::InvalidMemoryAccess)?;
+    memory.get(range.0..range.1).ok_or(Status::InvalidMemoryAccess)
+}
+
+/// A copy of guest memory.
+pub(super) fn read(caller: &mut Caller<'_, Host>, ptr: u32, len: u32) -> Call<Vec<u8>> {
+    let (memory, _) = split(caller)?;
+    Ok(slice(memory, ptr, len)?.to_vec())
+}
+
+/// Writes bytes at an address.
+pub(super) fn write(caller: &mut Caller<'_, Host>, ptr: u32, bytes: &[u8]) -> Call {
+    let (memory, _) = split(caller)?;
+    let start = usize::try_from(ptr).map_err(|_| Status::InvalidMemoryAccess)?;
+    let end = start.checked_add(bytes.len()).ok_or(Status::InvalidMemoryAccess)?;
+    memory.get_mut(start..end).ok_or(Status::InvalidMemoryAccess)?.copy_from_slice(bytes);
+    Ok(())
+}
+
+/// Writes a result word.
+pub(super) fn write_u32(caller: &mut Caller<'_, Host>, ptr: u32, value: u32) -> Call {
+    write(caller, ptr, &value.to_le_bytes())
+}
+
+/// Gives bytes to the guest: allocated by it, address and length stored at `out_ptr` and `out_len`. Nothing is allocated for
+/// no bytes.
+pub(super) fn give(caller: &mut Caller<'_, Host>, bytes: &[u8], out_ptr: u32, out_len: u32) -> Call {
+    // Both result addresses first, so that a bad one does not leak the guest's memory.
+    write_u32(caller, out_ptr, 0)?;
+    write_u32(caller, out_len, 0)?;
+    if bytes.is_empty() {
+        return Ok(());
+    }
+    let len = u32::try_from(bytes.len()).map_err(|_| Status::InternalFailure)?;
+    let at = allocate(caller, len)?;
+    write(caller, at, bytes)?;
+    write_u32(caller, out_ptr, at)?;
+    write_u32(caller, out_len, len)
+}
+
+fn allocate(caller: &mut Caller<'_, Host>, len: u32) -> Call<u32> {
+    let allocator = caller.data().allocator.clone().ok_or(Status::InternalFailure)?;
+    caller.data_mut().allocating = true;
+    let at = allocator.call(&mut *caller, len);
+    caller.data_mut().allocating = false;
+    match at.map_err(Fault::Trap)? {
+        0 => Err(Status::InvalidMemoryAccess.into()),
+        at => Ok(at),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn log_lines_are_limited_per_second() {
+        let mut limit = LogLimit::default();
+        let now = Instant::now();
+        assert_eq!((0..1000).filter(|_| limit.admit(now)).count(), 100);
+        assert!(limit.admit(now + Duration::from_secs(1)));
+    }
+
+    #[test]
+    fn control_characters_are_escaped() {
+        assert_eq!("a\nb\x1b[0m".chars().flat_map(escape).collect::<String>(), "a\\nb\\u{1b}[0m");
+    }
+
+    #[test]
+    fn slices_are_checked_in_64_bits() {
+        let memory = [1, 2, 3];
+        assert_eq!(slice(&memory, 1, 2), Ok(&[2, 3][..]));
+        assert_eq!(slice(&memory, u32::MAX, u32::MAX), Err(Status::InvalidMemoryAccess));
+        assert_eq!(slice(&memory, 3, 0), Ok(&[][..]));
+        assert_eq!(slice(&memory, 4, 0), Err(Status::InvalidMemoryAccess));
+    }
+}

@@ -1,0 +1,91 @@
+//! What a module must look like, checked before anything of it runs.
+
+use wasmtime::{ExternType, InstancePre, Linker, Module, ValType};
+
+use super::abi::Abi;
+use super::host::Host;
+use super::{calls, wasi};
+
+/// The functions of every ABI, linked once per process.
+pub(super) struct Linkers([(Abi, Linker<Host>); 3]);
+
+impl std::fmt::Debug for Linkers {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Linkers")
+    }
+}
+
+impl Linkers {
+    pub(super) fn new(engine: &wasmtime::Engine) -> wasmtime::Result<Self> {
+        let linker = |abi| -> wasmtime::Result<_> {
+            let mut linker = Linker::new(engine);
+            calls::link(&mut linker, abi)?;
+            wasi::link(&mut linker)?;
+            Ok((abi, linker))
+        };
+        let [a, b, c] = Abi::ALL;
+        Ok(Self([linker(a)?, linker(b)?, linker(c)?]))
+    }
+
+    /// Checks a module's exports and resolves its imports. The error is the user's message.
+    pub(super) fn resolve(&self, module: &Module) -> Result<(Abi, InstancePre<Host>), String> {
+        let abi = check(module)?;
+        let linker = self.0.iter().find(|(of, _)| *of == abi).map(|(_, linker)| linker);
+        let pre = linker.ok_or("no linker")?.instantiate_pre(module).map_err(|error| {
+            let version = abi.marker().trim_start_matches("proxy_abi_version_").replace('_', ".");
+            format!("an import of the module is not served in Proxy-Wasm ABI {version}: {error:#}")
+        })?;
+        Ok((abi, pre))
+    }
+}
+
+/// Callbacks that are called, and their parameters and results.
+const CALLBACKS: [(&str, usize, usize); 13] = [
+    ("malloc", 1, 1),
+    ("proxy_on_memory_allocate", 1, 1),
+    ("_initialize", 0, 0),
+    ("_start", 0, 0),
+    ("proxy_on_context_create", 2, 0),
+    ("proxy_on_vm_start", 2, 1),
+    ("proxy_on_configure", 2, 1),
+    ("proxy_on_request_headers", 3, 1),
+    ("proxy_on_response_headers", 3, 1),
+    ("proxy_on_done", 1, 1),
+    ("proxy_on_log", 1, 0),
+    ("proxy_on_delete", 1, 0),
+    ("main", 2, 1),
+];
+
+fn check(module: &Module) -> Result<Abi, String> {
+    let exported = |name: &str| module.get_export(name);
+    let abi = Abi::ALL.into_iter().rev().find(|abi| matches!(exported(abi.marker()), Some(ExternType::Func(_))));
+    let Some(abi) = abi else {
+        let other = module.exports().map(|export| export.name()).find(|name| name.starts_with("proxy_abi_version_"));
+        return Err(format!(
+            "{}; served are Proxy-Wasm ABI 0.1.0, 0.2.0 and 0.2.1 (an export such as proxy_abi_version_0_2_1)",
+            other.map_or_else(
+                || "the module exports no proxy_abi_version_* function, so it is no Proxy-Wasm filter".to_owned(),
+                |name| format!("the module is for another version of the ABI ({name})")
+            )
+        ));
+    };
+    if !matches!(exported("memory"), Some(ExternType::Memory(_))) {
+        return Err("the module exports no `memory`".into());
+    }
+    if exported("malloc").is_none() && exported("proxy_on_memory_allocate").is_none() {
+        return Err("the module exports no allocator: neither `proxy_on_memory_allocate` nor `malloc`".into());
+    }
+    for (name, params, results) in CALLBACKS {
+        let Some(export) = exported(name) else { continue };
+        let ExternType::Func(ty) = &export else { return Err(format!("the module's export `{name}` is no function")) };
+        let words = ty.params().chain(ty.results()).all(|ty| matches!(ty, ValType::I32));
+        // Modules for 0.1.0, and some that only say so, leave out `end_of_stream`.
+        let short = name.ends_with("_headers") && abi == Abi::V0_1_0 && ty.params().len() == 2;
+        if !words || !(ty.params().len() == params || short) || ty.results().len() != results {
+            return Err(format!(
+                "the module's export `{name}` has the type {ty}; the ABI has {params} parameters and {results} results, all i32"
+            ));
+        }
+    }
+    Ok(abi)
+}
