@@ -5,10 +5,13 @@
 //! published by one swap) → [`delta`] (per stream: what must be sent) → [`discovery`] (gRPC).
 
 pub mod api;
+pub mod ca;
+pub mod certificates;
 pub mod delta;
 pub mod discovery;
 pub mod durable;
 pub mod flags;
+pub mod grants;
 pub mod lease;
 pub mod mesh;
 pub mod metrics;
@@ -20,3 +23,5 @@ pub mod registry;
 pub mod server;
 pub mod source;
 pub mod store;
+pub mod tls;
+pub mod token;

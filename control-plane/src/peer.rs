@@ -18,6 +18,8 @@ pub struct Peer {
     pub local: SocketAddr,
     /// The client's certificate, verified against the bundle, leaf first; `None` when it showed none
     pub chain: Option<Arc<[CertificateDer<'static>]>>,
+    /// It showed a certificate that is expired or not of the bundle: why. `chain` is then `None`
+    pub rejected: Option<Arc<str>>,
 }
 
 /// A workload's identity: `spiffe://<trust-domain>/ns/<namespace>/sa/<service-account>`.
@@ -103,10 +105,19 @@ impl Peer {
     /// # Errors
     /// `UNAUTHENTICATED`, when there is none, or none that names a workload of `trust_domain`.
     pub fn leaf(&self, trust_domain: &str) -> Result<Leaf, Status> {
+        if let Some(why) = &self.rejected {
+            return Err(Status::unauthenticated(format!("{why}: join again with a token")));
+        }
         let certificate = self.chain.as_deref().and_then(<[_]>::first).ok_or_else(|| {
             Status::unauthenticated("this call needs a client certificate of the mesh: sign one with Certificates.Sign")
         })?;
         let leaf = Leaf::read(certificate).map_err(Status::unauthenticated)?;
+        // It was valid at the handshake, but a connection may outlive it.
+        if leaf.not_after < crate::certificates::unix_now() {
+            return Err(Status::unauthenticated(
+                "the certificate expired while the connection was open: connect again with the renewed one",
+            ));
+        }
         if leaf.identity.trust_domain != trust_domain {
             let theirs = &leaf.identity.trust_domain;
             return Err(Status::unauthenticated(format!(

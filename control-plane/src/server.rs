@@ -7,18 +7,16 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use arc_swap::ArcSwap;
-use rustls_pki_types::CertificateDer;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, mpsc};
-use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::service::Routes;
 use tonic::transport::server::Connected;
 
 use crate::peer::Peer;
+use crate::tls::Terminator;
 
 /// A handshake takes at most this long.
 const HANDSHAKE: Duration = Duration::from_secs(5);
@@ -62,14 +60,14 @@ impl AsyncWrite for Connection {
     }
 }
 
-/// Serves gRPC until `stop`, then lets calls in progress end. `tls` is read at each handshake, so that a renewed
-/// certificate is used from the next connection on.
+/// Serves gRPC until `stop`, then lets calls in progress end. A renewed certificate is used from the
+/// next connection on.
 ///
 /// # Errors
 /// Those of tonic's transport.
 pub async fn serve(
     listener: TcpListener,
-    tls: Arc<ArcSwap<rustls::ServerConfig>>,
+    tls: Arc<Terminator>,
     routes: Routes,
     stop: impl Future<Output = ()> + Send + 'static,
 ) -> Result<(), tonic::transport::Error> {
@@ -86,11 +84,7 @@ pub async fn serve(
     served
 }
 
-async fn accept(
-    listener: TcpListener,
-    tls: Arc<ArcSwap<rustls::ServerConfig>>,
-    sender: mpsc::Sender<io::Result<Connection>>,
-) {
+async fn accept(listener: TcpListener, tls: Arc<Terminator>, sender: mpsc::Sender<io::Result<Connection>>) {
     let handshakes = Arc::new(Semaphore::new(MAX_HANDSHAKES));
     loop {
         let Ok(permit) = handshakes.clone().acquire_owned().await else { return };
@@ -103,11 +97,11 @@ async fn accept(
                 continue;
             }
         };
-        let acceptor = TlsAcceptor::from(tls.load_full());
+        let tls = Arc::clone(&tls);
         let sender = sender.clone();
         tokio::spawn(async move {
             let address = stream.peer_addr();
-            match tokio::time::timeout(HANDSHAKE, handshake(stream, acceptor)).await {
+            match tokio::time::timeout(HANDSHAKE, handshake(stream, &tls)).await {
                 Ok(Ok(connection)) => {
                     drop(permit);
                     let _ = sender.send(Ok(connection)).await;
@@ -119,11 +113,8 @@ async fn accept(
     }
 }
 
-async fn handshake(stream: TcpStream, acceptor: TlsAcceptor) -> io::Result<Connection> {
+async fn handshake(stream: TcpStream, tls: &Terminator) -> io::Result<Connection> {
     stream.set_nodelay(true)?;
-    let (address, local) = (stream.peer_addr()?, stream.local_addr()?);
-    let tls = acceptor.accept(stream).await?;
-    let chain = tls.get_ref().1.peer_certificates();
-    let chain = chain.map(|chain| chain.iter().cloned().map(CertificateDer::into_owned).collect());
-    Ok(Connection { tls, peer: Peer { address, local, chain } })
+    let (tls, peer) = tls.accept(stream).await?;
+    Ok(Connection { tls, peer })
 }
