@@ -24,7 +24,7 @@ struct Rejected {
     #[serde(flatten)]
     rejection: Rejection,
     /// An earlier version of it goes on serving.
-    #[serde(default, rename = "lastGood")]
+    #[serde(default, alias = "lastGood")]
     last_good: bool,
 }
 
@@ -54,7 +54,7 @@ struct Proxy {
 /// A resource that a proxy refused.
 #[derive(Debug, Deserialize)]
 struct Nack {
-    name: String,
+    resource: String,
     reason: String,
 }
 
@@ -85,7 +85,7 @@ fn render(status: &Status, proxies: &[Proxy]) -> String {
     }
     let nacks = proxies.iter().flat_map(|proxy| {
         let who = format!("{}/{}", proxy.namespace, proxy.workload);
-        proxy.nacks.iter().map(move |nack| vec![who.clone(), nack.name.clone(), nack.reason.clone()])
+        proxy.nacks.iter().map(move |nack| vec![who.clone(), nack.resource.clone(), nack.reason.clone()])
     });
     section(
         &mut text,

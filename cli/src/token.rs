@@ -33,6 +33,9 @@ struct Create {
     /// Labels that a holder may register with, app=reviews,version=v1; none when left out
     #[arg(long, default_value = "", value_parser = labels)]
     labels: Labels,
+    /// Addresses (or CIDR blocks) that a holder may register; any when left out
+    #[arg(long, value_delimiter = ',', value_name = "ADDRESSES")]
+    addresses: Vec<String>,
     /// How long the token is accepted: 90s, 15m, 1h, 7d
     #[arg(long, default_value = "1h", value_parser = seconds)]
     ttl: u64,
@@ -56,6 +59,7 @@ pub(crate) fn run(args: &Args, global: &Global) -> anyhow::Result<ExitCode> {
         "namespace": create.namespace,
         "serviceAccount": create.service_account,
         "labels": create.labels,
+        "addresses": create.addresses,
         "ttlSeconds": create.ttl,
         "singleUse": create.single_use,
     });
