@@ -12,6 +12,7 @@ pub mod log;
 pub mod metrics;
 pub mod snapshot;
 pub mod state;
+pub mod tcp;
 pub mod tls;
 pub mod upstream;
 pub mod worker;

@@ -56,8 +56,8 @@ pub struct Entry<'a> {
     pub sent: u64,
     /// Bytes towards the client
     pub received: u64,
-    /// W3C trace id, 32 hex digits
-    pub trace: &'a str,
+    /// W3C trace id
+    pub trace: Option<u128>,
 }
 
 impl AccessLog {
@@ -119,7 +119,6 @@ impl Entry<'_> {
             ("version", self.version),
             ("peer", self.peer),
             ("route", self.route),
-            ("trace_id", self.trace),
         ] {
             if !value.is_empty() {
                 let _ = write!(text, ",\"{name}\":");
@@ -131,6 +130,9 @@ impl Entry<'_> {
         }
         if let Some(client) = self.client {
             let _ = write!(text, ",\"client\":\"{client}\"");
+        }
+        if let Some(trace) = self.trace {
+            let _ = write!(text, ",\"trace_id\":\"{trace:032x}\"");
         }
         if self.status != 0 {
             let _ = write!(text, ",\"status\":{}", self.status);

@@ -10,6 +10,7 @@ use crate::flags::Settings;
 use crate::identity::IdentityStore;
 use crate::log::AccessLog;
 use crate::metrics::Metrics;
+use crate::upstream::Clusters;
 
 /// One proxy. Shared by all threads; nothing here is locked on a request's way.
 #[derive(Debug)]
@@ -20,6 +21,8 @@ pub struct Proxy {
     pub directory: Arc<Directory>,
     /// The own certificate and the trust bundle
     pub identity: Arc<IdentityStore>,
+    /// Runtime state of clusters
+    pub clusters: Arc<Clusters>,
     /// Counters
     pub metrics: Arc<Metrics>,
     /// Access log

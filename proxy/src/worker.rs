@@ -9,9 +9,42 @@ use outrigger_core::key::Key;
 use outrigger_core::reason::Reason;
 
 use crate::drain::DrainWatch;
+use crate::flags::Settings;
 use crate::metrics::Local;
 use crate::snapshot::{Snapshot, Target};
 use crate::state::{Proxy, WorkerLoad};
+use crate::upstream::Pools;
+
+/// What this proxy's own traffic is counted under.
+#[derive(Debug)]
+pub struct Labels {
+    /// Namespace of the workload
+    pub namespace: Arc<str>,
+    /// Its name
+    pub name: Arc<str>,
+    /// `<namespace>/<name>`
+    pub workload: Arc<str>,
+    /// Its label `version`, or `app.kubernetes.io/version`
+    pub version: Arc<str>,
+    /// For destinations that are not of the mesh
+    pub outside: Arc<str>,
+    /// Where nothing is known
+    pub unknown: Arc<str>,
+}
+
+impl Labels {
+    fn new(settings: &Settings) -> Self {
+        let version = ["version", "app.kubernetes.io/version"].iter().find_map(|name| settings.labels.get(*name));
+        Self {
+            namespace: settings.namespace.as_str().into(),
+            name: settings.name.as_str().into(),
+            workload: format!("{}/{}", settings.namespace, settings.name).into(),
+            version: version.map_or("", String::as_str).into(),
+            outside: "outside".into(),
+            unknown: "".into(),
+        }
+    }
+}
 
 /// One worker: what everything on its thread uses. Lives in an `Rc`.
 #[derive(Debug)]
@@ -26,6 +59,10 @@ pub struct Worker {
     pub drain: DrainWatch,
     /// Randomness of decisions
     pub rng: RefCell<fastrand::Rng>,
+    /// Connections to endpoints and to the application
+    pub pools: Pools,
+    /// What this proxy's own traffic is counted under
+    pub labels: Labels,
     /// Open connections
     pub load: Arc<WorkerLoad>,
     snapshots: RefCell<Cache<Arc<ArcSwap<Snapshot>>, Arc<Snapshot>>>,
@@ -39,6 +76,8 @@ impl Worker {
             metrics: proxy.metrics.local(),
             drain: proxy.drain.watch(),
             rng: RefCell::new(fastrand::Rng::new()),
+            pools: Pools::new(proxy.clone()),
+            labels: Labels::new(&proxy.settings),
             load: proxy.workers.get(index).cloned().unwrap_or_default(),
             snapshots: RefCell::new(Cache::new(proxy.directory.cell())),
             proxy,

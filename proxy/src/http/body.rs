@@ -6,7 +6,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ::http::HeaderMap;
 use bytes::Bytes;
@@ -15,8 +15,10 @@ use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 use tokio::time::Sleep;
 
+use super::exchange::Running;
+
 /// Any failure of a body; hyper closes or resets what it was part of.
-pub type BodyError = Box<dyn std::error::Error + Send + Sync>;
+pub(super) type BodyError = Box<dyn std::error::Error + Send + Sync>;
 
 /// How long a client that sent `Expect: 100-continue` is kept waiting for the upstream's word.
 const CONTINUE_AFTER: Duration = Duration::from_secs(1);
@@ -45,6 +47,14 @@ impl RequestBody {
     /// The client's body, passed through untouched.
     pub fn incoming(body: Incoming) -> Self {
         Self { source: Source::Incoming(body), gate: None }
+    }
+
+    /// The client's body, if this is it.
+    pub(super) fn into_incoming(self) -> Option<Incoming> {
+        match self.source {
+            Source::Incoming(body) => Some(body),
+            Source::Empty | Source::Replay { .. } => None,
+        }
     }
 
     /// The body is not asked of the client before the gate opens.
@@ -243,18 +253,22 @@ impl Replay {
 }
 
 /// Is told what passed and how it ended: the end of an exchange is the end of its body.
-pub trait Tail {
+pub(super) trait Tail {
     /// Bytes of one data frame
     fn data(&mut self, bytes: usize);
     /// The body ended well; with trailers where there were some
     fn end(&mut self, trailers: Option<&HeaderMap>);
     /// The endpoint broke the body off
     fn broken(&mut self);
+    /// The request's deadline passed
+    fn timed_out(&mut self);
 }
 
 /// What is sent to a client.
 pub struct ResponseBody {
     source: Response,
+    /// Until the body is dropped, the connection is not idle.
+    running: Option<Running>,
 }
 
 enum Response {
@@ -265,6 +279,7 @@ enum Response {
 
 struct Upstream {
     body: Incoming,
+    deadline: Option<Pin<Box<Sleep>>>,
     /// Dropped without an end: the client went away.
     tail: Option<Box<dyn Tail>>,
 }
@@ -278,16 +293,24 @@ impl std::fmt::Debug for ResponseBody {
 impl ResponseBody {
     /// A whole body.
     pub fn full(bytes: Bytes) -> Self {
-        Self { source: Response::Full((!bytes.is_empty()).then_some(bytes)) }
+        Self { source: Response::Full((!bytes.is_empty()).then_some(bytes)), running: None }
     }
 
     /// An endpoint's body, watched by a tail. A body that has ended already ends the tail at once.
-    pub fn upstream(body: Incoming, mut tail: Box<dyn Tail>) -> Self {
+    pub(super) fn upstream(body: Incoming, mut tail: Box<dyn Tail>, deadline: Option<Instant>) -> Self {
         if body.is_end_stream() {
             tail.end(None);
             return Self::full(Bytes::new());
         }
-        Self { source: Response::Upstream(Box::new(Upstream { body, tail: Some(tail) })) }
+        let deadline = deadline.map(|deadline| Box::pin(tokio::time::sleep_until(deadline.into())));
+        Self { source: Response::Upstream(Box::new(Upstream { body, deadline, tail: Some(tail) })), running: None }
+    }
+
+    /// Keeps the connection busy for as long as the body lives.
+    #[must_use]
+    pub(super) fn holding(mut self, running: Running) -> Self {
+        self.running = Some(running);
+        self
     }
 }
 
@@ -300,7 +323,14 @@ impl Body for ResponseBody {
             Response::Full(bytes) => return Poll::Ready(bytes.take().map(|bytes| Ok(Frame::data(bytes)))),
             Response::Upstream(upstream) => upstream,
         };
-        let frame = std::task::ready!(Pin::new(&mut upstream.body).poll_frame(cx));
+        let Poll::Ready(frame) = Pin::new(&mut upstream.body).poll_frame(cx) else {
+            let Some(deadline) = &mut upstream.deadline else { return Poll::Pending };
+            std::task::ready!(deadline.as_mut().poll(cx));
+            if let Some(mut tail) = upstream.tail.take() {
+                tail.timed_out();
+            }
+            return Poll::Ready(Some(Err("the request's timeout passed".into())));
+        };
         upstream.watch(frame.as_ref());
         Poll::Ready(frame.map(|frame| frame.map_err(Into::into)))
     }

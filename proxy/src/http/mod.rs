@@ -1,6 +1,128 @@
-//! The path of a request: one [`serve`] per connection of a client, one exchange per request.
+//! The path of a request: one [`serve`] per connection of a client, one `Exchange` per request.
 
+mod attempt;
 mod body;
+mod exchange;
+mod head;
+mod inbound;
+mod outbound;
+mod request;
 mod respond;
+mod response;
+mod serve;
+mod upgrade;
 
 pub use body::{ReplayBuffer, RequestBody, ResponseBody};
+pub use serve::serve;
+
+use std::cell::{Cell, OnceCell};
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use ::http::HeaderValue;
+use outrigger_core::normalize;
+use outrigger_core::spiffe::SpiffeId;
+
+use crate::listen;
+use crate::worker::Worker;
+
+/// From the application, or to it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Way {
+    /// From the own application to others
+    Outbound,
+    /// From others to the own application
+    Inbound,
+}
+
+impl Way {
+    /// In metrics and logs.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Outbound => "outbound",
+            Self::Inbound => "inbound",
+        }
+    }
+}
+
+/// What is known of a connection before its first request.
+#[derive(Debug, Clone)]
+pub enum ConnectionInfo {
+    /// From the application
+    Outbound(listen::Outbound),
+    /// To the application
+    Inbound(listen::Inbound),
+}
+
+/// A connection while it is served.
+#[derive(Debug)]
+pub(crate) struct Connection {
+    info: ConnectionInfo,
+    /// Number in this process
+    id: u64,
+    worker: Rc<Worker>,
+    /// HTTP/1: what the guard has to know
+    phase: head::Phase,
+    /// Requests so far
+    requests: Cell<u64>,
+    /// Exchanges that have not ended
+    running: Cell<u32>,
+    /// `x-forwarded-client-cert`, made at the first request
+    xfcc: OnceCell<Option<HeaderValue>>,
+}
+
+impl Connection {
+    fn new(info: ConnectionInfo, worker: Rc<Worker>) -> Self {
+        static NEXT: AtomicU64 = AtomicU64::new(1);
+        let id = NEXT.fetch_add(1, Ordering::Relaxed);
+        Self {
+            info,
+            id,
+            worker,
+            phase: head::Phase::default(),
+            requests: Cell::new(0),
+            running: Cell::new(0),
+            xfcc: OnceCell::new(),
+        }
+    }
+
+    fn way(&self) -> Way {
+        match &self.info {
+            ConnectionInfo::Outbound(_) => Way::Outbound,
+            ConnectionInfo::Inbound(_) => Way::Inbound,
+        }
+    }
+
+    fn client(&self) -> SocketAddr {
+        match &self.info {
+            ConnectionInfo::Outbound(info) => info.client,
+            ConnectionInfo::Inbound(info) => info.client,
+        }
+    }
+
+    /// What the application is told of the peer.
+    fn xfcc(&self) -> Option<&HeaderValue> {
+        let made = self.xfcc.get_or_init(|| {
+            let own = self.worker.proxy.identity.current()?;
+            Some(normalize::xfcc(own.spiffe(), self.peer()?))
+        });
+        made.as_ref()
+    }
+
+    /// Where the client meant to go, as far as the connection says.
+    fn destination(&self) -> Option<SocketAddr> {
+        match &self.info {
+            ConnectionInfo::Outbound(info) => info.destination,
+            ConnectionInfo::Inbound(info) => Some(info.app.address),
+        }
+    }
+
+    /// The identity that the client proved.
+    fn peer(&self) -> Option<&SpiffeId> {
+        match &self.info {
+            ConnectionInfo::Outbound(_) => None,
+            ConnectionInfo::Inbound(info) => info.peer.as_deref(),
+        }
+    }
+}

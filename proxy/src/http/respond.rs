@@ -1,7 +1,7 @@
 //! The one place where the mesh itself answers: every such response says why.
 
 use ::http::header::{CONTENT_LENGTH, CONTENT_TYPE};
-use ::http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode, Version};
+use ::http::{HeaderMap, HeaderName, HeaderValue, Response, Version};
 use bytes::Bytes;
 use outrigger_core::reason::{self, Reason};
 
@@ -58,11 +58,6 @@ pub(crate) fn grpc_status(headers: &HeaderMap) -> Option<u32> {
     headers.get(GRPC_STATUS)?.to_str().ok()?.parse().ok()
 }
 
-/// Whether a response may have a body at all.
-pub(crate) fn bodyless(status: StatusCode) -> bool {
-    status.is_informational() || status == StatusCode::NO_CONTENT || status == StatusCode::NOT_MODIFIED
-}
-
 /// Name of a protocol version in the access log.
 pub(crate) fn version(version: Version) -> &'static str {
     match version {
@@ -87,6 +82,8 @@ fn grpc_message(message: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use ::http::StatusCode;
+
     use super::*;
 
     #[test]

@@ -1,0 +1,360 @@
+//! Attempts: an endpoint is picked, a connection had, the request sent; where that fails, the plan decides on another.
+
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use ::http::{HeaderMap, Response, Version, response};
+use hyper::body::Incoming;
+use hyper::upgrade::OnUpgrade;
+use outrigger_core::balance::{Endpoint, Guard, pick};
+use outrigger_core::breaker::Permit;
+use outrigger_core::link::{Backend, Protocol, Rule, Weighted};
+use outrigger_core::outlier::Outcome;
+use outrigger_core::reason::Reason;
+use outrigger_core::retry::{self, Decision, Plan};
+use outrigger_core::route;
+
+use super::exchange::{Answer, Exchange, Failure};
+use super::request::{self as outgoing, Outgoing};
+use super::respond;
+use crate::metrics::{Local, Metric};
+use crate::upstream::{Cluster, ConnectError, Lease, Security, SendError, Target};
+use crate::worker::Worker;
+
+/// The last attempt of an exchange, held until its response's body ends.
+#[derive(Debug)]
+pub(super) struct Attempt {
+    /// Routed requests: the endpoint, and who is told how it did
+    chosen: Option<Chosen>,
+    lease: Option<Lease>,
+    /// The response came from a proxy of the mesh
+    trusted: bool,
+    /// The endpoint's status is a failure of its own
+    failing: bool,
+    /// When the whole request has to be over
+    pub(super) deadline: Option<Instant>,
+    /// The client's side of an upgrade
+    pub(super) upgrade: Option<OnUpgrade>,
+}
+
+#[derive(Debug)]
+struct Chosen {
+    guard: Guard,
+    call: Rc<Call>,
+    metrics: Local,
+    _request: Option<Permit>,
+    _retry: Option<Permit>,
+}
+
+/// Where a request was routed.
+#[derive(Debug)]
+pub(super) struct Call {
+    pub(super) backend: Arc<Backend>,
+    pub(super) cluster: Arc<Cluster>,
+    pub(super) rule: Arc<Rule>,
+    /// Which of the rule's shares
+    pub(super) share: usize,
+    pub(super) service: Arc<str>,
+}
+
+impl Call {
+    fn target(&self, endpoint: &Arc<Endpoint>, client: Version) -> Target {
+        // Between sidecars the client's version stays; the far one knows what its application speaks.
+        let protocol = if endpoint.info.identity.is_some() { Protocol::Detect } else { self.backend.protocol };
+        Target::endpoint(endpoint, &self.backend, &self.cluster, outgoing::wire(protocol, client))
+    }
+
+    pub(super) fn share(&self) -> Option<&Weighted> {
+        self.rule.backends.get(self.share)
+    }
+
+    fn record(&self, guard: &Guard, outcome: Outcome, now: Instant) {
+        let set = self.cluster.endpoints();
+        let policy = &self.backend.policy.outlier;
+        if let Some(time) = self.cluster.outlier.record(policy, &set, guard, outcome, now) {
+            let endpoint = &guard.endpoint().info;
+            tracing::info!(backend = %self.cluster.key, endpoint = %endpoint.id, ?time, "endpoint ejected");
+        }
+    }
+}
+
+impl Attempt {
+    /// Whether what the response says of the mesh is believed.
+    pub(super) fn trusted(&self) -> bool {
+        self.trusted
+    }
+
+    /// Applies the route's response modifiers.
+    pub(super) fn modify(&self, head: &mut response::Parts) {
+        let Some(chosen) = self.chosen.as_ref().filter(|chosen| !chosen.call.rule.simple) else { return };
+        if let Some(share) = chosen.call.share() {
+            route::modify_response(&share.filters, head);
+        }
+        route::modify_response(&chosen.call.rule.filters, head);
+    }
+
+    /// The response's body ended well.
+    pub(super) fn succeeded(mut self: Box<Self>, trailers: Option<&HeaderMap>) {
+        let unavailable = trailers.and_then(respond::grpc_status).is_some_and(grpc_failure);
+        let failing = self.failing || unavailable;
+        self.report(if failing { Outcome::Failure } else { Outcome::Success });
+        if let Some(lease) = self.lease.take() {
+            lease.give_back();
+        }
+    }
+
+    /// The endpoint broke the response off.
+    pub(super) fn failed(self: Box<Self>) {
+        self.report(Outcome::Failure);
+    }
+
+    /// The client went away before the end: that says nothing about the endpoint.
+    pub(super) fn cancelled(self: Box<Self>) {
+        self.report(Outcome::Neutral);
+    }
+
+    fn report(&self, outcome: Outcome) {
+        let Some(chosen) = &self.chosen else { return };
+        chosen.call.record(&chosen.guard, outcome, Instant::now());
+        let word = match outcome {
+            Outcome::Success => "success",
+            Outcome::Failure => "failure",
+            Outcome::Neutral => "cancelled",
+        };
+        chosen.metrics.add(Metric::Attempts, &[&chosen.call.service, word], 1);
+    }
+}
+
+/// Unknown, internal, unavailable and data loss: failures of the server as 5xx are.
+fn grpc_failure(status: u32) -> bool {
+    matches!(status, 2 | 13 | 14 | 15)
+}
+
+/// Why one attempt came to nothing.
+struct Failed {
+    kind: retry::Failure,
+    answer: Failure,
+}
+
+impl Failed {
+    fn connect(error: &ConnectError) -> Self {
+        let overflow =
+            matches!(error.reason, Reason::OverflowPending | Reason::OverflowRequests | Reason::OverflowConnections);
+        let kind = if overflow { retry::Failure::Overflow } else { retry::Failure::Connect };
+        Self { kind, answer: Failure::new(error.reason, &*error.detail) }
+    }
+
+    /// `unsent`: hyper handed the request back.
+    fn sent(unsent: bool, error: &hyper::Error) -> Self {
+        let kind = if unsent || unprocessed(error) { retry::Failure::Unprocessed } else { retry::Failure::Reset };
+        let reason = if error.is_parse() { Reason::UpstreamProtocol } else { Reason::UpstreamReset };
+        Self { kind, answer: Failure::new(reason, describe(error)) }
+    }
+
+    fn timeout(reason: Reason) -> Self {
+        Self { kind: retry::Failure::PerTryTimeout, answer: reason.into() }
+    }
+}
+
+/// The peer says that it did nothing with the stream.
+fn unprocessed(error: &hyper::Error) -> bool {
+    let cause = std::error::Error::source(error).and_then(|cause| cause.downcast_ref::<h2::Error>());
+    cause.is_some_and(|cause| {
+        cause.reason() == Some(h2::Reason::REFUSED_STREAM)
+            || (cause.is_go_away() && cause.is_remote() && cause.reason() == Some(h2::Reason::NO_ERROR))
+    })
+}
+
+fn describe(error: &hyper::Error) -> String {
+    match std::error::Error::source(error) {
+        Some(cause) => format!("{error}: {cause}"),
+        None => error.to_string(),
+    }
+}
+
+type Responded = (Response<Incoming>, Lease);
+
+/// Sends a request to one place, without retries: the own application, an instance hit by its address, or the outside.
+pub(super) async fn direct(x: &mut Exchange, target: &Target, mut out: Outgoing) -> Result<Answer, Failure> {
+    let trusted = matches!(target.security, Security::Mtls { .. });
+    x.upstream = Some(target.address);
+    let worker = x.connection.worker.clone();
+    // Connections that were idle too long hand the request back; a new one does not.
+    for _ in 0..=STALE {
+        x.attempts += 1;
+        match send(&worker, target, &mut out).await {
+            Ok((response, lease)) => {
+                let (lease, upgrade) = (Some(lease), out.upgrade);
+                let attempt = Attempt { chosen: None, lease, trusted, failing: false, deadline: None, upgrade };
+                return Ok(Answer::Upstream(response, Box::new(attempt)));
+            }
+            Err(Failed { kind: retry::Failure::Unprocessed, .. }) if out.body.replayable() => {}
+            Err(failed) => return Err(failed.answer),
+        }
+    }
+    Err(Reason::UpstreamReset.into())
+}
+
+/// How many connections that turn out to be closed are tried before giving up.
+const STALE: u32 = 2;
+
+async fn send(worker: &Worker, target: &Target, out: &mut Outgoing) -> Result<Responded, Failed> {
+    let mut lease = worker.pools.checkout(target).await.map_err(|error| Failed::connect(&error))?;
+    let Some(request) = out.request(target.wire) else {
+        return Err(Failed { kind: retry::Failure::Reset, answer: Reason::UpstreamReset.into() });
+    };
+    match lease.send(request).await {
+        Ok(response) => Ok((response, lease)),
+        Err(SendError { unsent, error }) => {
+            let back = unsent.is_some();
+            if let Some(body) = unsent {
+                out.body.take_back(body);
+            }
+            Err(Failed::sent(back, &error))
+        }
+    }
+}
+
+/// Sends a routed request, as often as its plan allows.
+pub(super) async fn routed(x: &mut Exchange, call: Call, out: Outgoing) -> Result<Answer, Failure> {
+    let mut run = Run::new(x, call, out)?;
+    loop {
+        let guard = run.pick(x)?;
+        let result = run.once(&guard).await;
+        match run.judge(x, guard, result) {
+            Next::Done(answer) => return answer,
+            Next::Again(wait) => tokio::time::sleep(wait).await,
+        }
+    }
+}
+
+/// All attempts of one request.
+struct Run {
+    worker: Rc<Worker>,
+    call: Rc<Call>,
+    out: Outgoing,
+    plan: Plan,
+    deadline: Option<Instant>,
+    tried: Vec<Arc<Endpoint>>,
+    request: Option<Permit>,
+    retry: Option<Permit>,
+}
+
+enum Next {
+    Done(Result<Answer, Failure>),
+    Again(Duration),
+}
+
+impl Run {
+    fn new(x: &Exchange, call: Call, mut out: Outgoing) -> Result<Self, Failure> {
+        let request = Some(call.cluster.breaker.request(&call.backend.policy.limits)?);
+        call.cluster.budget.deposit(&call.backend.policy.budget);
+        let policy = &call.rule.policy;
+        let deadline = policy.request_timeout.map(|timeout| x.start + timeout);
+        let idempotent = retry::idempotent(&out.head.method, &out.head.headers);
+        out.body.prepare(idempotent && policy.retries.attempts > 0);
+        let worker = x.connection.worker.clone();
+        let plan = Plan::new(idempotent, deadline);
+        Ok(Self { worker, call: Rc::new(call), out, plan, deadline, tried: Vec::new(), request, retry: None })
+    }
+
+    fn pick(&self, x: &mut Exchange) -> Result<Guard, Failure> {
+        let set = self.call.cluster.endpoints();
+        let algorithm = self.call.backend.policy.algorithm;
+        let picked = pick(&set, algorithm, &self.tried, Instant::now(), &mut self.worker.rng.borrow_mut());
+        let guard = picked.ok_or_else(|| Failure::new(Reason::NoEndpoints, self.call.cluster.key.to_string()))?;
+        let info = &guard.endpoint().info;
+        x.attempts += 1;
+        x.upstream = Some(info.address);
+        x.endpoint_version = info.version.clone();
+        Ok(guard)
+    }
+
+    async fn once(&mut self, guard: &Guard) -> Result<Responded, Failed> {
+        let target = self.call.target(guard.endpoint(), self.out.head.version);
+        let per_try = self.call.rule.policy.per_try_timeout.map(|timeout| Instant::now() + timeout);
+        let (limit, reason) = match (self.deadline, per_try) {
+            (Some(deadline), Some(per_try)) if per_try < deadline => (per_try, Reason::PerTryTimeout),
+            (Some(deadline), _) => (deadline, Reason::RequestTimeout),
+            (None, Some(per_try)) => (per_try, Reason::PerTryTimeout),
+            (None, None) => return send(&self.worker, &target, &mut self.out).await,
+        };
+        let sending = send(&self.worker, &target, &mut self.out);
+        tokio::time::timeout_at(limit.into(), sending).await.unwrap_or_else(|_| Err(Failed::timeout(reason)))
+    }
+
+    /// What one attempt means: for the endpoint, and for the request.
+    fn judge(&mut self, x: &Exchange, mut guard: Guard, result: Result<Responded, Failed>) -> Next {
+        let now = Instant::now();
+        let trusted = guard.endpoint().info.identity.is_some();
+        let failure = match &result {
+            Ok((response, _)) => {
+                guard.answered(now);
+                answered(x, response, trusted)
+            }
+            Err(failed) => {
+                guard.abandoned(now);
+                failed.kind
+            }
+        };
+        let failing = blame(failure) == Outcome::Failure;
+        if let Some((wait, permit)) = self.again(failure, now) {
+            self.call.record(&guard, blame(failure), now);
+            self.count("retried");
+            self.tried.push(guard.endpoint().clone());
+            self.retry = Some(permit);
+            return Next::Again(wait);
+        }
+        Next::Done(match result {
+            Ok((response, lease)) => {
+                let (request, retry) = (self.request.take(), self.retry.take());
+                let metrics = self.worker.metrics.clone();
+                let chosen = Chosen { guard, call: self.call.clone(), metrics, _request: request, _retry: retry };
+                let upgrade = self.out.upgrade.take();
+                let (chosen, lease, deadline) = (Some(chosen), Some(lease), self.deadline);
+                Ok(Answer::Upstream(response, Box::new(Attempt { chosen, lease, trusted, failing, deadline, upgrade })))
+            }
+            Err(failed) => {
+                self.call.record(&guard, blame(failure), now);
+                self.count(failed.answer.reason.code());
+                Err(failed.answer)
+            }
+        })
+    }
+
+    fn again(&mut self, failure: retry::Failure, now: Instant) -> Option<(Duration, Permit)> {
+        let (call, policy) = (&self.call, &self.call.backend.policy);
+        let replayable = self.out.body.replayable();
+        let budget = (&call.cluster.budget, &policy.budget);
+        let rng = &mut self.worker.rng.borrow_mut();
+        match self.plan.next(&call.rule.policy.retries, failure, replayable, budget, now, rng) {
+            Decision::Retry(wait) => call.cluster.breaker.retry(&policy.limits).map(|permit| (wait, permit)),
+            Decision::GiveUp(_) => None,
+        }
+    }
+
+    fn count(&self, outcome: &str) {
+        self.worker.metrics.add(Metric::Attempts, &[&self.call.service, outcome], 1);
+    }
+}
+
+/// A response as the plan sees it.
+fn answered(x: &Exchange, response: &Response<Incoming>, trusted: bool) -> retry::Failure {
+    let headers = response.headers();
+    retry::Failure::Response {
+        status: response.status().as_u16(),
+        grpc: if x.grpc { respond::grpc_status(headers) } else { None },
+        reason: headers.get(&respond::REASON).filter(|_| trusted).and_then(retry::peer_reason),
+    }
+}
+
+/// What an attempt says about its endpoint.
+fn blame(failure: retry::Failure) -> Outcome {
+    let failed = match failure {
+        retry::Failure::Connect | retry::Failure::Reset | retry::Failure::PerTryTimeout => true,
+        retry::Failure::Unprocessed | retry::Failure::Overflow => return Outcome::Neutral,
+        retry::Failure::Response { status, grpc, .. } => status >= 500 || grpc.is_some_and(grpc_failure),
+    };
+    if failed { Outcome::Failure } else { Outcome::Success }
+}

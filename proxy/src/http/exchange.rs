@@ -1,0 +1,450 @@
+//! One request and its response: what is known of them, from the head to the end of the body.
+
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::{Instant, SystemTime};
+
+use ::http::header::HOST;
+use ::http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Uri, Version, request, response};
+use bytes::Bytes;
+use hyper::body::Incoming;
+use hyper::upgrade::OnUpgrade;
+use outrigger_core::link::{AccessLog, InboundPort, Mesh};
+use outrigger_core::normalize::{self, Direction, trace};
+use outrigger_core::reason::Reason;
+
+use super::attempt::Attempt;
+use super::body::{BodyError, ResponseBody, Tail};
+use super::{Connection, Way, head, inbound, outbound, respond, response as reply, upgrade};
+use crate::filter::{Chain, Outcome as Filtered, StreamInfo};
+use crate::log::Entry;
+use crate::metrics::Metric;
+use crate::snapshot::Snapshot;
+
+/// The state of one request. Metrics and the access log get it when it is dropped, which is at the end of the response's body,
+/// or when the client went away.
+#[derive(Debug)]
+pub(super) struct Exchange {
+    pub(super) connection: Rc<Connection>,
+    pub(super) start: Instant,
+    pub(super) method: Method,
+    uri: Uri,
+    host: Option<HeaderValue>,
+    pub(super) version: Version,
+    /// `content-type: application/grpc`
+    pub(super) grpc: bool,
+    /// `<namespace>/<name>`
+    pub(super) service: Arc<str>,
+    /// Version label of the endpoint; inbound, of the own workload
+    pub(super) endpoint_version: Arc<str>,
+    pub(super) route: Arc<str>,
+    pub(super) upstream: Option<std::net::SocketAddr>,
+    pub(super) attempts: u32,
+    pub(super) chain: Option<Chain>,
+    /// Why the mesh itself answered, or an upstream proxy did
+    reason: Option<&'static str>,
+    detail: String,
+    status: Option<StatusCode>,
+    sent: u64,
+    received: u64,
+    pub(super) access_log: AccessLog,
+    trace: Option<u128>,
+}
+
+/// Why an exchange gets a response of the mesh's own.
+#[derive(Debug)]
+pub(super) struct Failure {
+    pub(super) reason: Reason,
+    /// What exactly; may be empty
+    pub(super) detail: String,
+}
+
+impl Failure {
+    pub(super) fn new(reason: Reason, detail: impl Into<String>) -> Self {
+        Self { reason, detail: detail.into() }
+    }
+}
+
+impl From<Reason> for Failure {
+    fn from(reason: Reason) -> Self {
+        Self { reason, detail: String::new() }
+    }
+}
+
+/// What an exchange comes to.
+#[derive(Debug)]
+pub(super) enum Answer {
+    /// An endpoint's response, and what is held until its body ends
+    Upstream(Response<Incoming>, Box<Attempt>),
+    /// A response without an endpoint. `filtered`: response filters have seen it already
+    Local { response: Response<Bytes>, reason: Reason, filtered: bool },
+    /// The client's stream is reset
+    Reset,
+}
+
+/// A request of a client, with everything that came with it.
+#[derive(Debug)]
+pub(super) struct Incomer {
+    pub(super) head: request::Parts,
+    pub(super) body: Incoming,
+    pub(super) upgrade: Option<OnUpgrade>,
+}
+
+/// Keeps the connection from being idle.
+#[derive(Debug)]
+pub(super) struct Running {
+    connection: Rc<Connection>,
+    _mark: head::Mark,
+}
+
+impl Running {
+    fn new(connection: &Rc<Connection>) -> Self {
+        connection.requests.set(connection.requests.get() + 1);
+        connection.running.set(connection.running.get() + 1);
+        Self { connection: connection.clone(), _mark: connection.phase.exchange() }
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.connection.running.set(self.connection.running.get() - 1);
+    }
+}
+
+/// Handles one request. An error resets the client's stream.
+pub(super) async fn handle(
+    connection: Rc<Connection>,
+    request: Request<Incoming>,
+) -> Result<Response<ResponseBody>, BodyError> {
+    let running = Running::new(&connection);
+    let (mut head, body) = request.into_parts();
+    let upgrade = head.extensions.remove::<OnUpgrade>();
+    let mut exchange = Box::new(Exchange::new(connection, &head));
+    let hops = reply::Hops::of(&head);
+    let incomer = Incomer { head, body, upgrade };
+    let answer = match exchange.connection.way() {
+        Way::Outbound => outbound::handle(&mut exchange, incomer).await,
+        Way::Inbound => inbound::handle(&mut exchange, incomer).await,
+    };
+    let response = match answer {
+        Ok(Answer::Upstream(response, attempt)) => {
+            return exchange.finish_upstream(response, attempt, &hops, running);
+        }
+        Ok(Answer::Local { response, reason, filtered }) => exchange.local(response, reason, filtered),
+        Ok(Answer::Reset) => Err("a filter reset the stream".into()),
+        Err(failure) => exchange.fail(failure),
+    };
+    let mut response = response?;
+    hops.restore(&mut response);
+    Ok(response.map(|body| ResponseBody::full(body).holding(running)))
+}
+
+impl Exchange {
+    fn new(connection: Rc<Connection>, head: &request::Parts) -> Self {
+        let labels = &connection.worker.labels;
+        Self {
+            start: Instant::now(),
+            method: head.method.clone(),
+            uri: head.uri.clone(),
+            host: head.headers.get(HOST).cloned(),
+            version: head.version,
+            grpc: respond::is_grpc(&head.headers),
+            service: labels.unknown.clone(),
+            endpoint_version: labels.unknown.clone(),
+            route: labels.unknown.clone(),
+            upstream: None,
+            attempts: 0,
+            chain: None,
+            reason: None,
+            detail: String::new(),
+            status: None,
+            sent: 0,
+            received: 0,
+            access_log: AccessLog::Errors,
+            trace: None,
+            connection,
+        }
+    }
+
+    /// What an inbound exchange is counted under.
+    pub(super) fn begin_inbound(&mut self, snapshot: &Snapshot, port: &InboundPort) {
+        let labels = &self.connection.worker.labels;
+        self.service = match port.services.first() {
+            Some(service) => service.as_str().into(),
+            None => labels.workload.clone(),
+        };
+        self.endpoint_version = labels.version.clone();
+        self.begin_outbound(snapshot);
+    }
+
+    /// What the mesh says about logging.
+    pub(super) fn begin_outbound(&mut self, snapshot: &Snapshot) {
+        self.access_log = snapshot.mesh.as_ref().map_or(AccessLog::Errors, |mesh| mesh.access_log);
+    }
+
+    /// Continues the trace, or begins one.
+    pub(super) fn begin_trace(&mut self, headers: &mut HeaderMap, mesh: Option<&Mesh>) {
+        let sampling = mesh.map_or(0, |mesh| mesh.sampling_ppm);
+        let rng = &mut self.connection.worker.rng.borrow_mut();
+        self.trace = Some(trace::propagate(headers, rng, sampling).context.trace);
+    }
+
+    /// Readies the filters of these keys.
+    ///
+    /// # Errors
+    /// A FailClosed one is not ready.
+    pub(super) fn chain(&mut self, snapshot: &Snapshot, keys: &[String]) -> Result<(), Failure> {
+        let missing = |name| Failure::new(Reason::FilterFailed, format!("filter {name} is not ready"));
+        let plugins = snapshot.filters(keys).map_err(missing)?;
+        let connection = &self.connection;
+        let labels = &connection.worker.labels;
+        let identity = connection.worker.proxy.identity.current();
+        let info = StreamInfo {
+            inbound: connection.way() == Way::Inbound,
+            source: Some(connection.client()),
+            destination: connection.destination(),
+            mtls: connection.peer().is_some(),
+            peer_identity: connection.peer().map(|peer| peer.as_str().into()),
+            local_identity: identity.map(|identity| identity.spiffe().as_str().into()),
+            connection_id: connection.id,
+            start: SystemTime::now(),
+            scheme: if connection.peer().is_some() { "https" } else { "http" },
+            service: Some(self.service.clone()),
+            route: Some(self.route.clone()),
+            workload: labels.name.clone(),
+            namespace: labels.namespace.clone(),
+            ..StreamInfo::default()
+        };
+        self.chain = Some(Chain::new(&plugins, info));
+        Ok(())
+    }
+
+    /// Bytes of an upgraded connection.
+    pub(super) fn count(&mut self, sent: u64, received: u64) {
+        self.sent += sent;
+        self.received += received;
+    }
+
+    /// Why an exchange ended that had its response already.
+    pub(super) fn end_with(&mut self, reason: Reason) {
+        self.reason = Some(reason.code());
+    }
+
+    /// Runs the request filters. `Some`: they answered.
+    ///
+    /// # Errors
+    /// A FailClosed filter failed.
+    pub(super) fn filter_request(&mut self, head: &mut request::Parts, end: bool) -> Result<Option<Answer>, Failure> {
+        let Some(chain) = &mut self.chain else { return Ok(None) };
+        match chain.request_headers(head, end) {
+            Filtered::Continue => Ok(None),
+            Filtered::Respond(response) => {
+                Ok(Some(Answer::Local { response, reason: Reason::FilterResponse, filtered: true }))
+            }
+            Filtered::Failed { filter, reason } => {
+                tracing::warn!(%filter, %reason, "a FailClosed filter failed");
+                Err(Failure::new(Reason::FilterFailed, format!("filter {filter}")))
+            }
+            Filtered::Reset => Ok(Some(Answer::Reset)),
+        }
+    }
+
+    /// The mesh's response for a failure.
+    fn fail(self: Box<Self>, failure: Failure) -> Result<Response<Bytes>, BodyError> {
+        let response = respond::respond(failure.reason, self.grpc, &failure.detail);
+        let mut this = self;
+        this.detail = failure.detail;
+        this.local(response, failure.reason, false)
+    }
+
+    fn local(
+        mut self: Box<Self>,
+        response: Response<Bytes>,
+        reason: Reason,
+        filtered: bool,
+    ) -> Result<Response<Bytes>, BodyError> {
+        let (mut head, mut body) = response.into_parts();
+        head.headers.insert(respond::REASON, HeaderValue::from_static(reason.code()));
+        self.reason = Some(reason.code());
+        if !filtered && let Some(replaced) = self.filter_response(&mut head, body.is_empty())? {
+            (head, body) = replaced.into_parts();
+        }
+        self.status = Some(head.status);
+        self.received = body.len() as u64;
+        let response = Response::from_parts(head, body);
+        Ok(if self.method == Method::HEAD { response.map(|_| Bytes::new()) } else { response })
+    }
+
+    fn finish_upstream(
+        mut self: Box<Self>,
+        response: Response<Incoming>,
+        mut attempt: Box<Attempt>,
+        hops: &reply::Hops,
+        running: Running,
+    ) -> Result<Response<ResponseBody>, BodyError> {
+        let mut response = response;
+        let upgraded = (response.status() == StatusCode::SWITCHING_PROTOCOLS)
+            .then(|| Some((attempt.upgrade.take()?, hyper::upgrade::on(&mut response))));
+        if let Some(None) = upgraded {
+            return Ok(self.refused(Reason::UpstreamProtocol, "the endpoint switched protocols unasked", running)?);
+        }
+        let (mut head, body) = response.into_parts();
+        let direction = match self.connection.way() {
+            Way::Outbound => Direction::Outbound,
+            Way::Inbound => Direction::Inbound,
+        };
+        if let Err(reason) = normalize::response(&mut head, direction, attempt.trusted()) {
+            return self.refused(reason, "its Transfer-Encoding is not `chunked`", running);
+        }
+        self.reason = reply::reason(&head);
+        attempt.modify(&mut head);
+        let end = http_body::Body::is_end_stream(&body);
+        if let Some(replaced) = self.filter_response(&mut head, end)? {
+            self.status = Some(replaced.status());
+            self.reason = Some(Reason::FilterResponse.code());
+            let mut replaced = replaced.map(|body| ResponseBody::full(body).holding(running));
+            hops.restore(&mut replaced);
+            return Ok(replaced);
+        }
+        self.status = Some(head.status);
+        let mut response = Response::from_parts(head, ());
+        hops.restore(&mut response);
+        if let Some(upgraded) = upgraded.flatten() {
+            upgrade::start(self, attempt, upgraded, running);
+            return Ok(response.map(|()| ResponseBody::full(Bytes::new())));
+        }
+        let deadline = attempt.deadline;
+        let tail = ExchangeTail { exchange: self, attempt: Some(attempt), ended: false };
+        Ok(response.map(|()| ResponseBody::upstream(body, Box::new(tail), deadline).holding(running)))
+    }
+
+    /// A response of the mesh's own, after the attempts.
+    fn refused(
+        self: Box<Self>,
+        reason: Reason,
+        detail: &str,
+        running: Running,
+    ) -> Result<Response<ResponseBody>, BodyError> {
+        let response = self.fail(Failure::new(reason, detail))?;
+        Ok(response.map(|body| ResponseBody::full(body).holding(running)))
+    }
+
+    /// Runs the response filters. `Some`: this instead.
+    fn filter_response(&mut self, head: &mut response::Parts, end: bool) -> Result<Option<Response<Bytes>>, BodyError> {
+        let Some(chain) = &mut self.chain else { return Ok(None) };
+        chain.info_mut().upstream = self.upstream;
+        match chain.response_headers(head, end) {
+            Filtered::Continue => Ok(None),
+            Filtered::Respond(response) => Ok(Some(response)),
+            Filtered::Failed { filter, reason } => {
+                tracing::warn!(%filter, %reason, "a FailClosed filter failed");
+                self.detail = format!("filter {filter}");
+                Ok(Some(respond::respond(Reason::FilterFailed, self.grpc, &self.detail)))
+            }
+            Filtered::Reset => Err("a filter reset the stream".into()),
+        }
+    }
+
+    fn authority(&self) -> &str {
+        let uri = self.uri.authority().map(::http::uri::Authority::as_str);
+        uri.or_else(|| self.host.as_ref()?.to_str().ok()).unwrap_or_default()
+    }
+
+    fn write_log(&self, status: u16, reason: &str) {
+        let wanted = match self.access_log {
+            AccessLog::Off => false,
+            AccessLog::All => true,
+            AccessLog::Errors => status >= 500 || status == 0 || !reason.is_empty(),
+        };
+        if !wanted {
+            return;
+        }
+        let connection = &self.connection;
+        connection.worker.proxy.log.write(&Entry {
+            direction: connection.way().name(),
+            protocol: respond::version(self.version),
+            method: self.method.as_str(),
+            authority: self.authority(),
+            path: self.uri.path(),
+            status,
+            reason,
+            detail: &self.detail,
+            service: &self.service,
+            version: &self.endpoint_version,
+            upstream: self.upstream,
+            client: Some(connection.client()),
+            peer: connection.peer().map_or("", |peer| peer.as_str()),
+            route: &self.route,
+            attempts: self.attempts,
+            duration: self.start.elapsed(),
+            sent: self.sent,
+            received: self.received,
+            trace: self.trace,
+        });
+    }
+}
+
+impl Drop for Exchange {
+    fn drop(&mut self) {
+        let worker = &self.connection.worker;
+        let way = self.connection.way().name();
+        let reason = self.reason.unwrap_or_default();
+        // Without a status the client went away first.
+        let (code, status) = self.status.as_ref().map_or(("0", 0), |status| (status.as_str(), status.as_u16()));
+        worker.metrics.add(Metric::Requests, &[way, &self.service, &self.endpoint_version, code, reason], 1);
+        // An upgraded connection's life is no latency.
+        if self.status != Some(StatusCode::SWITCHING_PROTOCOLS) {
+            worker.metrics.record(
+                Metric::Duration,
+                &[way, &self.service, &self.endpoint_version],
+                self.start.elapsed(),
+            );
+        }
+        self.write_log(status, reason);
+    }
+}
+
+/// Watches the response's body for the exchange and its last attempt.
+struct ExchangeTail {
+    exchange: Box<Exchange>,
+    attempt: Option<Box<Attempt>>,
+    ended: bool,
+}
+
+impl Tail for ExchangeTail {
+    fn data(&mut self, bytes: usize) {
+        self.exchange.received += bytes as u64;
+    }
+
+    fn end(&mut self, trailers: Option<&HeaderMap>) {
+        self.ended = true;
+        if let Some(attempt) = self.attempt.take() {
+            attempt.succeeded(trailers);
+        }
+    }
+
+    fn broken(&mut self) {
+        self.ended = true;
+        self.exchange.reason = Some(Reason::UpstreamReset.code());
+        self.exchange.detail.push_str("the endpoint broke off the response's body");
+        if let Some(attempt) = self.attempt.take() {
+            attempt.failed();
+        }
+    }
+
+    fn timed_out(&mut self) {
+        self.ended = true;
+        self.exchange.reason = Some(Reason::RequestTimeout.code());
+        if let Some(attempt) = self.attempt.take() {
+            attempt.failed();
+        }
+    }
+}
+
+impl Drop for ExchangeTail {
+    fn drop(&mut self) {
+        if let Some(attempt) = self.attempt.take().filter(|_| !self.ended) {
+            attempt.cancelled();
+        }
+    }
+}

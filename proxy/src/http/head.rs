@@ -1,0 +1,219 @@
+//! The guard around an HTTP/1 connection's bytes: slow heads and idle connections end in time, and the bare errors that
+//! hyper writes by itself say why.
+//!
+//! hyper answers a head it cannot read before our service is called, with a response that has no reason; and its own
+//! timeout for heads also runs while a kept-alive connection is idle. Both are done here instead, where bytes pass anyway.
+
+use std::io;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use bytes::{Buf, Bytes};
+use outrigger_core::reason::Reason;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::time::{Instant, Sleep};
+
+use super::respond;
+use crate::io::Io;
+
+const IDLE: u8 = 0;
+const HEAD: u8 = 1;
+const EXCHANGE: u8 = 2;
+
+/// Where the connection is between two requests; shared by the guard and the service.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Phase(Arc<AtomicU8>);
+
+impl Phase {
+    /// A request's head is complete; until the mark is dropped an exchange runs.
+    pub(crate) fn exchange(&self) -> Mark {
+        self.0.store(EXCHANGE, Ordering::Relaxed);
+        Mark(self.clone())
+    }
+
+    fn get(&self) -> u8 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// An exchange runs.
+#[derive(Debug)]
+pub(crate) struct Mark(Phase);
+
+impl Drop for Mark {
+    fn drop(&mut self) {
+        self.0.0.store(IDLE, Ordering::Relaxed);
+    }
+}
+
+/// Times of a connection.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Times {
+    /// From the first byte of a head to its last
+    pub(crate) head: Duration,
+    /// Without any request
+    pub(crate) idle: Duration,
+}
+
+/// A client's HTTP/1 connection.
+#[derive(Debug)]
+pub(crate) struct Guarded {
+    io: Io,
+    phase: Phase,
+    times: Times,
+    /// Since when nothing arrived, in the phase in which that began.
+    waiting: Option<(u8, Instant)>,
+    timer: Option<Pin<Box<Sleep>>>,
+    /// Ours, written in place of hyper's bare error.
+    instead: Bytes,
+    expired: bool,
+}
+
+impl Guarded {
+    pub(crate) fn new(io: Io, phase: Phase, times: Times) -> Self {
+        Self { io, phase, times, waiting: None, timer: None, instead: Bytes::new(), expired: false }
+    }
+
+    /// Nothing arrived: ready when that has lasted too long.
+    fn poll_expired(&mut self, cx: &mut Context<'_>) -> Poll<u8> {
+        let phase = self.phase.get();
+        if phase == EXCHANGE {
+            self.waiting = None;
+            return Poll::Pending;
+        }
+        let limit = if phase == HEAD { self.times.head } else { self.times.idle };
+        let since = match self.waiting {
+            Some((in_phase, since)) if in_phase == phase => since,
+            _ => Instant::now(),
+        };
+        self.waiting = Some((phase, since));
+        let deadline = since + limit;
+        // An armed timer that fires early is moved on then: under load no request touches it.
+        match &mut self.timer {
+            Some(timer) if timer.deadline() <= deadline => {}
+            Some(timer) => timer.as_mut().reset(deadline),
+            None => self.timer = Some(Box::pin(tokio::time::sleep_until(deadline))),
+        }
+        while let Some(timer) = &mut self.timer {
+            ready!(timer.as_mut().poll(cx));
+            if Instant::now() >= deadline {
+                return Poll::Ready(phase);
+            }
+            timer.as_mut().reset(deadline);
+        }
+        Poll::Pending
+    }
+
+    fn poll_instead(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        while !self.instead.is_empty() {
+            let n = ready!(Pin::new(&mut self.io).poll_write(cx, &self.instead))?;
+            if n == 0 {
+                return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
+            }
+            self.instead.advance(n);
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    /// Takes hyper's own error response out of the stream and puts one with a reason in its place.
+    fn replaces(&mut self, bytes: &[u8]) -> bool {
+        let Some(reason) = (self.phase.get() != EXCHANGE).then(|| bare_error(bytes)).flatten() else { return false };
+        self.instead = raw(reason);
+        true
+    }
+}
+
+/// The reason for a response that hyper made of a parse error: recognised by being bare.
+fn bare_error(bytes: &[u8]) -> Option<Reason> {
+    let text = std::str::from_utf8(bytes).ok()?;
+    let status = text.strip_prefix("HTTP/1.1 ").or_else(|| text.strip_prefix("HTTP/1.0 "))?.get(..3)?;
+    let bare = text.len() < 200 && text.ends_with("\r\n\r\n") && text.contains("content-length: 0\r\n");
+    let reason = match status {
+        "400" => Reason::BadRequest,
+        "414" | "431" => Reason::HeadersTooLarge,
+        _ => return None,
+    };
+    bare.then_some(reason)
+}
+
+/// A whole response, as bytes.
+fn raw(reason: Reason) -> Bytes {
+    let (status, body) = (reason.status(), respond::text(reason, ""));
+    format!(
+        "HTTP/1.1 {} {}\r\nconnection: close\r\ncontent-type: text/plain; charset=utf-8\r\ncontent-length: {}\r\n{}: {}\r\n\r\n{body}",
+        status.as_u16(),
+        status.canonical_reason().unwrap_or_default(),
+        body.len(),
+        respond::REASON,
+        reason.code(),
+    )
+    .into()
+}
+
+impl AsyncRead for Guarded {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        if self.expired {
+            return Poll::Ready(Ok(()));
+        }
+        let before = buf.filled().len();
+        if Pin::new(&mut self.io).poll_read(cx, buf)?.is_ready() {
+            // A head's time runs from where it first made us wait, however often it does so.
+            if self.phase.get() != HEAD {
+                self.waiting = None;
+            }
+            if self.phase.get() == IDLE && buf.filled().len() > before {
+                self.phase.0.store(HEAD, Ordering::Relaxed);
+            }
+            return Poll::Ready(Ok(()));
+        }
+        let phase = ready!(self.poll_expired(cx));
+        self.expired = true;
+        if phase == HEAD {
+            self.instead = raw(Reason::HeadTimeout);
+            // Best effort: a client that does not read cannot keep the connection open.
+            let _ = self.poll_instead(cx).is_ready() && Pin::new(&mut self.io).poll_flush(cx).is_ready();
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl AsyncWrite for Guarded {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        ready!(self.poll_instead(cx))?;
+        if self.replaces(buf) {
+            return Poll::Ready(Ok(buf.len()));
+        }
+        Pin::new(&mut self.io).poll_write(cx, buf)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        ready!(self.poll_instead(cx))?;
+        if let [buf] = bufs
+            && self.replaces(buf)
+        {
+            return Poll::Ready(Ok(buf.len()));
+        }
+        Pin::new(&mut self.io).poll_write_vectored(cx, bufs)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.io.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        ready!(self.poll_instead(cx))?;
+        Pin::new(&mut self.io).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        ready!(self.poll_instead(cx))?;
+        Pin::new(&mut self.io).poll_shutdown(cx)
+    }
+}

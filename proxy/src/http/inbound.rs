@@ -1,0 +1,135 @@
+//! To the own application: who calls, whether it may, and on.
+
+use std::time::Duration;
+
+use ::http::header::HOST;
+use ::http::{HeaderValue, Method, Uri, request};
+use outrigger_core::authz;
+use outrigger_core::link::{InboundPort, MtlsMode};
+use outrigger_core::normalize::{self, Canonical, Direction, Rules};
+use outrigger_core::reason::Reason;
+
+use super::ConnectionInfo;
+use super::attempt;
+use super::exchange::{Answer, Exchange, Failure, Incomer};
+use super::request::{self as outgoing, Outgoing};
+use crate::metrics::Metric;
+use crate::snapshot::Snapshot;
+use crate::upstream::Target;
+
+/// The application is on the same host: this is long.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
+const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Handles a request to the own application.
+pub(super) async fn handle(x: &mut Exchange, mut inc: Incomer) -> Result<Answer, Failure> {
+    let connection = x.connection.clone();
+    let ConnectionInfo::Inbound(info) = &connection.info else { return Err(Reason::Internal.into()) };
+    let snapshot = connection.worker.snapshot();
+    let number = info.app.address.port();
+    let inbound = snapshot.inbound.clone().ok_or(Reason::DiscoveryUnavailable)?;
+    let port = inbound.port(number).ok_or_else(|| Failure::new(Reason::UnknownPort, format!("port {number}")))?;
+    x.begin_inbound(&snapshot, port);
+    if port.mtls == MtlsMode::Strict && info.peer.is_none() {
+        return Err(Reason::MtlsRequired.into());
+    }
+    let canonical = normalized(x, &snapshot, port, &mut inc.head)?;
+    x.begin_trace(&mut inc.head.headers, snapshot.mesh.as_deref());
+    authorize(x, port, &inc.head, &canonical)?;
+    let canonical = match filtered(x, &snapshot, port, &mut inc, canonical)? {
+        Filtered::Continue(canonical) => canonical,
+        Filtered::Answer(answer) => return Ok(answer),
+    };
+    let wire = outgoing::wire(port.protocol, inc.head.version);
+    let target = Target::plain(info.app.address, wire, CONNECT_TIMEOUT, IDLE_TIMEOUT);
+    let Incomer { head, body, upgrade } = inc;
+    attempt::direct(x, &target, Outgoing::new(head, &canonical, body, upgrade)).await
+}
+
+fn normalized(
+    x: &mut Exchange,
+    snapshot: &Snapshot,
+    port: &InboundPort,
+    head: &mut request::Parts,
+) -> Result<Canonical, Failure> {
+    let rules = Rules {
+        direction: Direction::Inbound,
+        path_rules: port.authorization.path_rules,
+        peer: x.connection.peer(),
+        xfcc: x.connection.xfcc(),
+        forwarders: snapshot.mesh.as_ref().map_or(&[], |mesh| mesh.forwarders.as_slice()),
+    };
+    let canonical = normalize::request(head, &rules)?;
+    x.grpc = canonical.is_grpc;
+    Ok(canonical)
+}
+
+fn authorize(x: &Exchange, port: &InboundPort, head: &request::Parts, canonical: &Canonical) -> Result<(), Failure> {
+    let request = authz::Request {
+        peer: x.connection.peer(),
+        ip: x.connection.client().ip(),
+        port: port.port,
+        method: &head.method,
+        path: canonical.path(&head.uri),
+        headers: &head.headers,
+    };
+    let verdict = port.authorization.decide(&request);
+    for rule in &verdict.audit {
+        tracing::info!(rule, client = %x.connection.client(), peer = ?x.connection.peer(), "an audit rule matched");
+    }
+    let rule = verdict.rule.unwrap_or("default");
+    let metrics = &x.connection.worker.metrics;
+    match verdict.outcome {
+        Ok(()) => {
+            metrics.add(Metric::Authorization, &["allow", rule], 1);
+            Ok(())
+        }
+        Err(reason) => {
+            metrics.add(Metric::Authorization, &["deny", rule], 1);
+            tracing::info!(rule, client = %x.connection.client(), peer = ?x.connection.peer(), "denied");
+            // The caller is not told which policy it has to get around.
+            Err(reason.into())
+        }
+    }
+}
+
+enum Filtered {
+    Continue(Canonical),
+    Answer(Answer),
+}
+
+/// Runs the filters. What they changed of method, path or authority is judged again, once.
+fn filtered(
+    x: &mut Exchange,
+    snapshot: &Snapshot,
+    port: &InboundPort,
+    inc: &mut Incomer,
+    canonical: Canonical,
+) -> Result<Filtered, Failure> {
+    if port.filters.is_empty() {
+        return Ok(Filtered::Continue(canonical));
+    }
+    x.chain(snapshot, &port.filters)?;
+    let before = Judged::of(&inc.head);
+    let end = http_body::Body::is_end_stream(&inc.body);
+    if let Some(answer) = x.filter_request(&mut inc.head, end)? {
+        return Ok(Filtered::Answer(answer));
+    }
+    if before == Judged::of(&inc.head) {
+        return Ok(Filtered::Continue(canonical));
+    }
+    let path = normalize::canonical(inc.head.uri.path(), port.authorization.path_rules)?;
+    let again = Canonical { path, ..canonical };
+    authorize(x, port, &inc.head, &again)?;
+    Ok(Filtered::Continue(again))
+}
+
+/// What policies look at, and filters may change.
+#[derive(PartialEq)]
+struct Judged(Method, Uri, Option<HeaderValue>);
+
+impl Judged {
+    fn of(head: &request::Parts) -> Self {
+        Self(head.method.clone(), head.uri.clone(), head.headers.get(HOST).cloned())
+    }
+}

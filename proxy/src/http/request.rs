@@ -1,0 +1,178 @@
+//! A request as it goes to an endpoint: its head in the form of the next hop, its body as often as it is needed.
+
+use ::http::header::{CONNECTION, CONTENT_LENGTH, EXPECT, HOST, TE, TRANSFER_ENCODING, UPGRADE};
+use ::http::uri::{Authority, PathAndQuery, Scheme};
+use ::http::{HeaderMap, HeaderValue, Request, StatusCode, Uri, Version, request};
+use http_body::Body;
+use hyper::body::Incoming;
+use hyper::upgrade::OnUpgrade;
+use outrigger_core::link::Protocol;
+use outrigger_core::normalize::Canonical;
+
+use super::body::{Gate, ReplayBuffer, RequestBody};
+use crate::upstream::Wire;
+
+/// Bytes of a body that are kept for another attempt.
+const REPLAY: usize = 64 * 1024;
+
+/// A request that is about to be sent.
+#[derive(Debug)]
+pub(super) struct Outgoing {
+    pub(super) head: request::Parts,
+    pub(super) body: Sendable,
+    pub(super) upgrade: Option<OnUpgrade>,
+    trailers: bool,
+}
+
+/// A request's body, before and between attempts.
+#[derive(Debug)]
+pub(super) enum Sendable {
+    /// There is none
+    Empty,
+    /// Can be sent once; `None`: it was
+    Once(Option<Incoming>),
+    /// Can be sent again while it fits the buffer
+    Replay(ReplayBuffer),
+}
+
+impl Sendable {
+    pub(super) fn new(body: Incoming) -> Self {
+        if body.is_end_stream() { Self::Empty } else { Self::Once(Some(body)) }
+    }
+
+    /// Before the first attempt: whether there may be another one.
+    pub(super) fn prepare(&mut self, again: bool) {
+        if let Self::Once(body) = self
+            && again
+            && let Some(body) = body.take()
+        {
+            *self = Self::Replay(ReplayBuffer::new(body, REPLAY));
+        }
+    }
+
+    /// Whether an attempt could have the whole body now.
+    pub(super) fn replayable(&self) -> bool {
+        match self {
+            Self::Empty => true,
+            Self::Once(body) => body.is_some(),
+            Self::Replay(buffer) => buffer.can_replay(),
+        }
+    }
+
+    /// hyper did not send this one.
+    pub(super) fn take_back(&mut self, body: RequestBody) {
+        if let Self::Once(place) = self {
+            *place = body.into_incoming();
+        }
+    }
+
+    fn take(&mut self) -> Option<RequestBody> {
+        match self {
+            Self::Empty => Some(RequestBody::empty()),
+            Self::Once(body) => body.take().map(RequestBody::incoming),
+            Self::Replay(buffer) => buffer.can_replay().then(|| buffer.attempt()),
+        }
+    }
+}
+
+/// What to speak to an endpoint of a declared protocol: where none is declared, what the client speaks.
+pub(super) fn wire(protocol: Protocol, client: Version) -> Wire {
+    match protocol {
+        Protocol::Http1 => Wire::Http1,
+        Protocol::Http2 => Wire::Http2,
+        Protocol::Detect | Protocol::Tcp if client == Version::HTTP_2 => Wire::Http2,
+        Protocol::Detect | Protocol::Tcp => Wire::Http1,
+    }
+}
+
+impl Outgoing {
+    /// From a normalised request.
+    pub(super) fn new(head: request::Parts, canonical: &Canonical, body: Incoming, upgrade: Option<OnUpgrade>) -> Self {
+        let upgrade = upgrade.filter(|_| canonical.upgrade);
+        Self { head, body: Sendable::new(body), upgrade, trailers: canonical.trailers }
+    }
+
+    /// The request of one attempt. `None`: its body is gone.
+    pub(super) fn request(&mut self, wire: Wire) -> Option<Request<RequestBody>> {
+        let body = self.body.take()?;
+        let mut request = Request::new(body);
+        *request.method_mut() = self.head.method.clone();
+        *request.headers_mut() = self.head.headers.clone();
+        match wire {
+            Wire::Http2 => self.http2(&mut request),
+            Wire::Http1 | Wire::Tcp => self.http1(&mut request),
+        }
+        if self.trailers {
+            request.headers_mut().insert(TE, HeaderValue::from_static("trailers"));
+        }
+        Some(expecting(request))
+    }
+
+    fn http1(&self, request: &mut Request<RequestBody>) {
+        *request.version_mut() = Version::HTTP_11;
+        let uri = &self.head.uri;
+        *request.uri_mut() = match uri.path_and_query() {
+            Some(path) => Uri::from(path.clone()),
+            None => Uri::from_static("/"),
+        };
+        let framed = request.body().is_end_stream();
+        let headers = request.headers_mut();
+        if let Some(host) = uri.authority().filter(|_| !headers.contains_key(HOST)).and_then(host) {
+            headers.insert(HOST, host);
+        }
+        // hyper would take a GET with a body of unknown length for one without.
+        if !framed && !headers.contains_key(CONTENT_LENGTH) {
+            headers.insert(TRANSFER_ENCODING, HeaderValue::from_static("chunked"));
+        }
+        let connection = match (self.upgrade.is_some(), self.trailers) {
+            (true, _) => "upgrade",
+            (false, true) => "te",
+            (false, false) => return,
+        };
+        headers.insert(CONNECTION, HeaderValue::from_static(connection));
+        if self.upgrade.is_some() {
+            headers.insert(UPGRADE, HeaderValue::from_static("websocket"));
+        }
+    }
+
+    fn http2(&self, request: &mut Request<RequestBody>) {
+        *request.version_mut() = Version::HTTP_2;
+        let path = self.head.uri.path_and_query().cloned().unwrap_or(PathAndQuery::from_static("/"));
+        let mut parts = ::http::uri::Parts::default();
+        parts.authority = authority(&self.head.uri, request.headers());
+        // Without an authority there can be no scheme in a `Uri`; normalisation has seen to it that there is one.
+        parts.scheme = parts.authority.is_some().then_some(Scheme::HTTP);
+        parts.path_and_query = Some(path);
+        if let Ok(uri) = Uri::from_parts(parts) {
+            *request.uri_mut() = uri;
+        }
+        request.headers_mut().remove(HOST);
+    }
+}
+
+fn host(authority: &Authority) -> Option<HeaderValue> {
+    HeaderValue::from_str(authority.as_str()).ok()
+}
+
+/// The authority of a request of either version.
+pub(super) fn authority(uri: &Uri, headers: &HeaderMap) -> Option<Authority> {
+    let written = headers.get(HOST).and_then(|host| Authority::try_from(host.as_bytes()).ok());
+    written.or_else(|| uri.authority().cloned())
+}
+
+/// With `Expect: 100-continue` the client's body is asked for only when the endpoint asks for it.
+fn expecting(request: Request<RequestBody>) -> Request<RequestBody> {
+    let expects =
+        request.headers().get(EXPECT).is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(b"100-continue"));
+    if !expects || request.body().is_end_stream() {
+        return request;
+    }
+    let (gate, signal) = Gate::new();
+    let mut request = request.map(|body| body.gated(gate));
+    hyper::ext::on_informational(&mut request, move |response| {
+        if response.status() == StatusCode::CONTINUE {
+            signal.open();
+        }
+    });
+    request
+}

@@ -1,0 +1,132 @@
+//! A client's connection: HTTP/1 or HTTP/2 by hyper, its limits, and its end when the proxy drains.
+
+use std::pin::Pin;
+use std::rc::Rc;
+use std::time::Duration;
+
+use hyper::server::conn::{http1, http2};
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioIo, TokioTimer};
+
+use super::head::{Guarded, Times};
+use super::{Connection, ConnectionInfo, Way, exchange};
+use crate::io::Io;
+use crate::listen::Version;
+use crate::metrics::Metric;
+use crate::upstream::LocalExecutor;
+use crate::worker::Worker;
+
+/// Header block, bytes.
+const MAX_HEAD: usize = 64 * 1024;
+/// Header fields.
+const MAX_HEADERS: usize = 100;
+const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
+const IDLE_TIMEOUT: Duration = Duration::from_secs(300);
+/// Streams of one client's connection.
+const MAX_STREAMS: u32 = 250;
+/// Streams that a client may have reset before we saw them, and that we reset for its errors: more is abuse.
+const MAX_RESETS: usize = 100;
+const STREAM_WINDOW: u32 = 256 * 1024;
+const CONNECTION_WINDOW: u32 = 1024 * 1024;
+/// Bytes of responses held per stream while a client's window is closed.
+const SEND_BUFFER: usize = 64 * 1024;
+const PING_EVERY: Duration = Duration::from_secs(30);
+const PING_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// Serves one connection until it ends, or the proxy drains.
+pub async fn serve(io: Io, info: ConnectionInfo, version: Version, worker: Rc<Worker>) {
+    let connection = Rc::new(Connection::new(info, worker));
+    let protocol = match version {
+        Version::Http1 => "http/1.1",
+        Version::Http2 => "h2",
+    };
+    let _open = connection.worker.metrics.hold(Metric::Connections, &[connection.way().name(), protocol]);
+    let ended = match version {
+        Version::Http1 => serve_http1(io, &connection).await,
+        Version::Http2 => serve_http2(io, &connection).await,
+    };
+    if let Err(error) = ended {
+        tracing::debug!(client = %connection.client(), %error, "a client's connection ended with an error");
+    }
+}
+
+async fn serve_http1(io: Io, connection: &Rc<Connection>) -> hyper::Result<()> {
+    let times = Times { head: HEAD_TIMEOUT, idle: IDLE_TIMEOUT };
+    let io = Guarded::new(io, connection.phase.clone(), times);
+    let service = {
+        let connection = connection.clone();
+        service_fn(move |request| exchange::handle(connection.clone(), request))
+    };
+    let mut builder = http1::Builder::new();
+    builder.max_header_size(MAX_HEAD).max_buf_size(2 * MAX_HEAD).max_headers(MAX_HEADERS).timer(TokioTimer::new());
+    builder.auto_date_header(false).header_read_timeout(None);
+    let serving = builder.serve_connection(TokioIo::new(io), service).with_upgrades();
+    let mut serving = std::pin::pin!(serving);
+    until_drained(connection, serving.as_mut(), |serving| serving.graceful_shutdown()).await
+}
+
+async fn serve_http2(io: Io, connection: &Rc<Connection>) -> hyper::Result<()> {
+    let service = {
+        let connection = connection.clone();
+        service_fn(move |request| exchange::handle(connection.clone(), request))
+    };
+    let mut builder = http2::Builder::new(LocalExecutor);
+    builder
+        .timer(TokioTimer::new())
+        .max_concurrent_streams(MAX_STREAMS)
+        .max_header_list_size(u32::try_from(MAX_HEAD).unwrap_or(u32::MAX))
+        .max_pending_accept_reset_streams(MAX_RESETS)
+        .max_local_error_reset_streams(MAX_RESETS)
+        .initial_stream_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW)
+        .max_send_buf_size(SEND_BUFFER)
+        .auto_date_header(false)
+        .keep_alive_interval(PING_EVERY)
+        .keep_alive_timeout(PING_TIMEOUT);
+    let serving = builder.serve_connection(TokioIo::new(io), service);
+    let mut serving = std::pin::pin!(serving);
+    let idle = idle(connection);
+    tokio::select! {
+        ended = until_drained(connection, serving.as_mut(), |serving| serving.graceful_shutdown()) => return ended,
+        () = idle => {}
+    }
+    serving.as_mut().graceful_shutdown();
+    let last = tokio::time::timeout(PING_TIMEOUT, serving);
+    last.await.unwrap_or(Ok(()))
+}
+
+/// Ready when no stream was open for the idle timeout. HTTP/1 connections are watched by their guard.
+async fn idle(connection: &Connection) {
+    let mut seen = 0;
+    loop {
+        tokio::time::sleep(IDLE_TIMEOUT).await;
+        let requests = connection.requests.get();
+        if connection.running.get() == 0 && requests == seen {
+            return;
+        }
+        seen = requests;
+    }
+}
+
+/// Polls a connection to its end; when the proxy drains, asks it to end after what runs, and at the maximum time drops it.
+async fn until_drained<C>(
+    connection: &Connection,
+    mut serving: Pin<&mut C>,
+    shut_down: impl Fn(Pin<&mut C>),
+) -> C::Output
+where
+    C: Future<Output = hyper::Result<()>>,
+{
+    let drain = &connection.worker.drain;
+    let inbound = connection.way() == Way::Inbound;
+    tokio::select! {
+        biased;
+        ended = serving.as_mut() => return ended,
+        () = drain.closing(inbound) => shut_down(serving.as_mut()),
+    }
+    tokio::select! {
+        biased;
+        ended = serving => ended,
+        () = drain.cut() => Ok(()),
+    }
+}

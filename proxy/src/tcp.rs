@@ -1,0 +1,412 @@
+//! Opaque streams: where they go, whether they may, and bytes copied both ways through one buffer per worker.
+
+use std::cell::RefCell;
+use std::io;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use outrigger_core::authz;
+use outrigger_core::balance::{Guard, pick};
+use outrigger_core::key::Key;
+use outrigger_core::link::{AccessLog, Backend, MtlsMode, OutboundTraffic};
+use outrigger_core::outlier::Outcome;
+use outrigger_core::reason::Reason;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::time::{Instant, Sleep};
+
+use crate::io::Io;
+use crate::listen::{Inbound, Outbound};
+use crate::log::Entry;
+use crate::metrics::Metric;
+use crate::snapshot;
+use crate::upstream::{self, Cluster, Target, Wire};
+use crate::worker::Worker;
+
+/// Without a byte in either direction.
+const IDLE: Duration = Duration::from_secs(3600);
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
+/// Destinations outside the mesh may be far away.
+const OUTSIDE_CONNECT: Duration = Duration::from_secs(10);
+/// Endpoints that are tried before giving up: nothing was sent to any of them.
+const ATTEMPTS: usize = 3;
+
+/// Carries an opaque stream of the own application to where it meant to go.
+pub async fn serve_outbound(io: Io, info: Outbound, worker: Rc<Worker>) {
+    let mut stream = Stream::new(&worker, "outbound", info.client, None);
+    let placed = match info.destination {
+        Some(destination) => place(&mut stream, &worker, destination).await,
+        None => Err(Reason::UnknownService),
+    };
+    stream.carry(io, placed).await;
+}
+
+/// Carries an opaque stream of a caller to the own application, if it may.
+pub async fn serve_inbound(io: Io, info: Inbound, worker: Rc<Worker>) {
+    let mut stream =
+        Stream::new(&worker, "inbound", info.client, info.peer.as_deref().map(|peer| peer.as_str().into()));
+    let placed = match admit(&mut stream, &worker, &info) {
+        Ok(target) => stream.open(&target).await.map(|io| (io, None)),
+        Err(reason) => Err(reason),
+    };
+    stream.carry(io, placed).await;
+}
+
+/// One stream: counted and logged when it is dropped.
+struct Stream<'a> {
+    worker: &'a Rc<Worker>,
+    way: &'static str,
+    client: SocketAddr,
+    peer: Option<Arc<str>>,
+    service: Arc<str>,
+    version: Arc<str>,
+    upstream: Option<SocketAddr>,
+    start: std::time::Instant,
+    attempts: u32,
+    reason: Option<Reason>,
+    detail: String,
+    copied: Copied,
+    access_log: AccessLog,
+}
+
+/// A connection to the server, and what is held while it lasts.
+type Placed = (Io, Option<Guard>);
+
+/// Whether a caller may reach the application, and where that is.
+fn admit(stream: &mut Stream<'_>, worker: &Worker, info: &Inbound) -> Result<Target, Reason> {
+    let snapshot = worker.snapshot();
+    stream.pin(&snapshot);
+    let inbound = snapshot.inbound.as_ref().ok_or(Reason::DiscoveryUnavailable)?;
+    let port = inbound.port(info.app.address.port()).ok_or(Reason::UnknownPort)?;
+    stream.service = match port.services.first() {
+        Some(service) => service.as_str().into(),
+        None => worker.labels.workload.clone(),
+    };
+    stream.version = worker.labels.version.clone();
+    if port.mtls == MtlsMode::Strict && info.peer.is_none() {
+        return Err(Reason::MtlsRequired);
+    }
+    let connection = authz::Connection { peer: info.peer.as_deref(), ip: info.client.ip(), port: port.port };
+    let verdict = port.authorization.decide_connection(&connection);
+    let decision = if verdict.outcome.is_ok() { "allow" } else { "deny" };
+    worker.metrics.add(Metric::Authorization, &[decision, verdict.rule.unwrap_or("default")], 1);
+    verdict.outcome?;
+    Ok(Target::plain(info.app.address, Wire::Tcp, CONNECT_TIMEOUT, IDLE))
+}
+
+/// Connects to what the application meant.
+async fn place(stream: &mut Stream<'_>, worker: &Rc<Worker>, destination: SocketAddr) -> Result<Placed, Reason> {
+    let (snapshot, target) = worker.find(&Key::Ip(destination)).await?;
+    stream.pin(&snapshot);
+    let target = match target {
+        snapshot::Target::Service(service) => {
+            stream.service = format!("{}/{}", service.namespace, service.name).into();
+            let port = service.port(Some(destination.port())).ok_or(Reason::UnknownPort)?;
+            let share = port.implicit.backends.first().ok_or(Reason::NoBackend)?;
+            let backend = share.backend.as_ref().map_err(|_| Reason::NoBackend)?;
+            return routed(stream, worker, backend).await;
+        }
+        snapshot::Target::Workload(workload) => {
+            stream.service = workload.endpoint.id.clone();
+            stream.version = workload.endpoint.version.clone();
+            Target::workload(&workload, |_| Wire::Tcp)
+        }
+        snapshot::Target::Absent => {
+            if snapshot.mesh.as_ref().is_some_and(|mesh| mesh.outbound == OutboundTraffic::RegistryOnly) {
+                return Err(Reason::UnknownService);
+            }
+            stream.service = worker.labels.outside.clone();
+            Target::plain(destination, Wire::Tcp, OUTSIDE_CONNECT, IDLE)
+        }
+    };
+    Ok((stream.open(&target).await?, None))
+}
+
+/// Connects to an endpoint of a backend; to another where one does not answer.
+async fn routed(stream: &mut Stream<'_>, worker: &Rc<Worker>, backend: &Arc<Backend>) -> Result<Placed, Reason> {
+    let cluster = worker.proxy.clusters.get(&backend.key);
+    let mut tried = Vec::new();
+    let mut last = Reason::NoEndpoints;
+    for _ in 0..ATTEMPTS {
+        let now = std::time::Instant::now();
+        let set = cluster.endpoints();
+        let picked = pick(&set, backend.policy.algorithm, &tried, now, &mut worker.rng.borrow_mut());
+        drop(set);
+        let Some(mut guard) = picked.filter(|guard| !tried.iter().any(|tried| tried.is_same(guard.endpoint()))) else {
+            return Err(last);
+        };
+        let target = Target::endpoint(guard.endpoint(), backend, &cluster, Wire::Tcp);
+        stream.version = guard.endpoint().info.version.clone();
+        let opened = stream.open(&target).await;
+        let now = std::time::Instant::now();
+        match opened {
+            Ok(io) => {
+                guard.answered(now);
+                report(&cluster, backend, &guard, Outcome::Success);
+                return Ok((io, Some(guard)));
+            }
+            Err(reason) => {
+                guard.abandoned(now);
+                report(&cluster, backend, &guard, Outcome::Failure);
+                tried.push(guard.endpoint().clone());
+                last = reason;
+            }
+        }
+    }
+    Err(last)
+}
+
+fn report(cluster: &Cluster, backend: &Backend, guard: &Guard, outcome: Outcome) {
+    let set = cluster.endpoints();
+    cluster.outlier.record(&backend.policy.outlier, &set, guard, outcome, std::time::Instant::now());
+}
+
+impl<'a> Stream<'a> {
+    fn new(worker: &'a Rc<Worker>, way: &'static str, client: SocketAddr, peer: Option<Arc<str>>) -> Self {
+        Self {
+            worker,
+            way,
+            client,
+            peer,
+            service: worker.labels.unknown.clone(),
+            version: worker.labels.unknown.clone(),
+            upstream: None,
+            start: std::time::Instant::now(),
+            attempts: 0,
+            reason: None,
+            detail: String::new(),
+            copied: Copied::default(),
+            access_log: AccessLog::Errors,
+        }
+    }
+
+    fn pin(&mut self, snapshot: &snapshot::Snapshot) {
+        self.access_log = snapshot.mesh.as_ref().map_or(AccessLog::Errors, |mesh| mesh.access_log);
+    }
+
+    async fn open(&mut self, target: &Target) -> Result<Io, Reason> {
+        self.attempts += 1;
+        self.upstream = Some(target.address);
+        upstream::open(target, &self.worker.proxy).await.map_err(|error| {
+            self.detail = error.detail.to_string();
+            error.reason
+        })
+    }
+
+    async fn carry(&mut self, client: Io, placed: Result<Placed, Reason>) {
+        let (server, guard) = match placed {
+            Ok(placed) => placed,
+            Err(reason) => {
+                self.reason = Some(reason);
+                return;
+            }
+        };
+        let _open = self.worker.metrics.hold(Metric::TcpOpen, &[self.way]);
+        tokio::select! {
+            copied = copy(client, server, IDLE) => {
+                if let Some(error) = &copied.error {
+                    self.detail = error.to_string();
+                }
+                self.copied = copied;
+            }
+            () = self.worker.drain.cut() => self.reason = Some(Reason::Draining),
+        }
+        drop(guard);
+    }
+}
+
+impl Drop for Stream<'_> {
+    fn drop(&mut self) {
+        let reason = self.reason.map_or("", Reason::code);
+        let metrics = &self.worker.metrics;
+        metrics.add(Metric::TcpConnections, &[self.way, &self.service, reason], 1);
+        for (way, bytes) in [("sent", self.copied.sent), ("received", self.copied.received)] {
+            metrics.add(Metric::TcpBytes, &[self.way, &self.service, way], bytes);
+        }
+        let wanted = match self.access_log {
+            AccessLog::Off => false,
+            AccessLog::All => true,
+            AccessLog::Errors => self.reason.is_some(),
+        };
+        if wanted {
+            self.worker.proxy.log.write(&Entry {
+                direction: self.way,
+                protocol: "tcp",
+                reason,
+                detail: &self.detail,
+                service: &self.service,
+                version: &self.version,
+                upstream: self.upstream,
+                client: Some(self.client),
+                peer: self.peer.as_deref().unwrap_or_default(),
+                attempts: self.attempts,
+                duration: self.start.elapsed(),
+                sent: self.copied.sent,
+                received: self.copied.received,
+                ..Entry::default()
+            });
+        }
+    }
+}
+
+/// Bytes read at once.
+const BUFFER: usize = 64 * 1024;
+
+thread_local! {
+    /// One buffer for all connections of a worker: what cannot be written at once is set aside, which is rare.
+    static SHARED: RefCell<Box<[u8]>> = RefCell::new(vec![0; BUFFER].into_boxed_slice());
+}
+
+/// How a copy ended, and what passed.
+#[derive(Debug, Default)]
+pub struct Copied {
+    /// From the client to the server, bytes
+    pub sent: u64,
+    /// From the server to the client, bytes
+    pub received: u64,
+    /// Nothing passed for the idle timeout
+    pub idle: bool,
+    /// Why it broke
+    pub error: Option<io::Error>,
+}
+
+/// Copies until both sides have ended, one has broken, or nothing passed for `idle`. The end of one direction is handed on
+/// as such (half-close).
+pub async fn copy<A, B>(client: A, server: B, idle: Duration) -> Copied
+where
+    A: AsyncRead + AsyncWrite + Unpin,
+    B: AsyncRead + AsyncWrite + Unpin,
+{
+    Copy {
+        client,
+        server,
+        up: Half::default(),
+        down: Half::default(),
+        idle,
+        timer: Box::pin(tokio::time::sleep(idle)),
+        active: Instant::now(),
+    }
+    .await
+}
+
+struct Copy<A, B> {
+    client: A,
+    server: B,
+    up: Half,
+    down: Half,
+    idle: Duration,
+    timer: Pin<Box<Sleep>>,
+    active: Instant,
+}
+
+#[derive(Default)]
+struct Half {
+    /// Read, but not yet taken by the other side.
+    rest: Vec<u8>,
+    taken: usize,
+    ended: bool,
+    closed: bool,
+    bytes: u64,
+}
+
+impl Half {
+    fn poll<R, W>(&mut self, cx: &mut Context<'_>, from: &mut R, to: &mut W, moved: &mut bool) -> Poll<io::Result<()>>
+    where
+        R: AsyncRead + Unpin,
+        W: AsyncWrite + Unpin,
+    {
+        loop {
+            while let Some(rest) = self.rest.get(self.taken..).filter(|rest| !rest.is_empty()) {
+                self.taken += written(ready!(Pin::new(&mut *to).poll_write(cx, rest))?)?;
+                *moved = true;
+            }
+            self.rest = Vec::new();
+            self.taken = 0;
+            if self.ended {
+                if !self.closed {
+                    ready!(Pin::new(&mut *to).poll_shutdown(cx))?;
+                    self.closed = true;
+                }
+                return Poll::Ready(Ok(()));
+            }
+            match self.poll_pass(cx, from, to)? {
+                Poll::Ready(()) => *moved = true,
+                Poll::Pending => {
+                    ready!(Pin::new(&mut *to).poll_flush(cx))?;
+                    return Poll::Pending;
+                }
+            }
+        }
+    }
+
+    /// Reads once and writes as much of it as the other side takes.
+    fn poll_pass<R, W>(&mut self, cx: &mut Context<'_>, from: &mut R, to: &mut W) -> Poll<io::Result<()>>
+    where
+        R: AsyncRead + Unpin,
+        W: AsyncWrite + Unpin,
+    {
+        SHARED.with_borrow_mut(|shared| {
+            let mut buf = ReadBuf::new(shared);
+            ready!(Pin::new(from).poll_read(cx, &mut buf))?;
+            let mut read = buf.filled();
+            self.ended = read.is_empty();
+            self.bytes += read.len() as u64;
+            while !read.is_empty() {
+                match Pin::new(&mut *to).poll_write(cx, read)? {
+                    Poll::Ready(n) => read = read.get(written(n)?..).unwrap_or_default(),
+                    Poll::Pending => {
+                        self.rest = read.to_vec();
+                        break;
+                    }
+                }
+            }
+            Poll::Ready(Ok(()))
+        })
+    }
+}
+
+fn written(n: usize) -> io::Result<usize> {
+    if n == 0 { Err(io::ErrorKind::WriteZero.into()) } else { Ok(n) }
+}
+
+impl<A, B> Copy<A, B> {
+    fn copied(&self, idle: bool, error: Option<io::Error>) -> Copied {
+        Copied { sent: self.up.bytes, received: self.down.bytes, idle, error }
+    }
+}
+
+impl<A, B> Future for Copy<A, B>
+where
+    A: AsyncRead + AsyncWrite + Unpin,
+    B: AsyncRead + AsyncWrite + Unpin,
+{
+    type Output = Copied;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Copied> {
+        let this = self.get_mut();
+        let mut moved = false;
+        let up = this.up.poll(cx, &mut this.client, &mut this.server, &mut moved);
+        let down = this.down.poll(cx, &mut this.server, &mut this.client, &mut moved);
+        match (up, down) {
+            (Poll::Ready(Err(error)), _) | (_, Poll::Ready(Err(error))) => {
+                return Poll::Ready(this.copied(false, Some(error)));
+            }
+            (Poll::Ready(Ok(())), Poll::Ready(Ok(()))) => return Poll::Ready(this.copied(false, None)),
+            _ => {}
+        }
+        if moved {
+            this.active = Instant::now();
+        }
+        while this.timer.as_mut().poll(cx).is_ready() {
+            let deadline = this.active + this.idle;
+            if Instant::now() >= deadline {
+                return Poll::Ready(this.copied(true, None));
+            }
+            this.timer.as_mut().reset(deadline);
+        }
+        Poll::Pending
+    }
+}

@@ -1,0 +1,256 @@
+//! One connection to an endpoint: dial, prove and check identities, speak HTTP.
+
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use hyper::client::conn::{http1, http2};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use outrigger_core::balance::Endpoint;
+use outrigger_core::breaker::{Permit, Wanted};
+use outrigger_core::link::{Backend, Limits, Protocol};
+use outrigger_core::reason::Reason;
+use outrigger_core::spiffe::SpiffeId;
+use tokio::net::TcpStream;
+
+use super::Cluster;
+use crate::http::RequestBody;
+use crate::io::Io;
+use crate::snapshot::Workload;
+use crate::state::Proxy;
+use crate::tls::{self, TlsError};
+
+/// Header block of a response, bytes.
+const MAX_HEAD: usize = 64 * 1024;
+const STREAM_WINDOW: u32 = 256 * 1024;
+const CONNECTION_WINDOW: u32 = 1024 * 1024;
+/// An instance hit by its address has no policy: the defaults hold.
+const WORKLOAD_CONNECT: Duration = Duration::from_secs(1);
+const WORKLOAD_IDLE: Duration = Duration::from_secs(300);
+const PING_EVERY: Duration = Duration::from_secs(30);
+const PING_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// What a connection speaks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Wire {
+    /// HTTP/1.1
+    Http1,
+    /// HTTP/2
+    Http2,
+    /// Bytes
+    Tcp,
+}
+
+/// How a connection is protected.
+#[derive(Debug, Clone)]
+pub enum Security {
+    /// Not at all
+    Plain,
+    /// Mesh mTLS
+    Mtls {
+        /// Identity that the peer must prove
+        identity: SpiffeId,
+        /// Application port, service and namespace: the SNI is `p<port>.<service>.<namespace>.outrigger.internal`
+        port: u16,
+        /// Service
+        service: Arc<str>,
+        /// Namespace
+        namespace: Arc<str>,
+    },
+}
+
+/// Where to connect, and as what.
+#[derive(Debug, Clone)]
+pub struct Target {
+    /// Address that is dialled
+    pub address: SocketAddr,
+    /// Protocol
+    pub wire: Wire,
+    /// Mesh mTLS, or plaintext
+    pub security: Security,
+    /// Longest time until the connection is usable
+    pub timeout: Duration,
+    /// How long it is kept without a request
+    pub idle: Duration,
+    /// The endpoint, where there is one: its connections are its own even if another has the same address
+    pub endpoint: Option<Arc<Endpoint>>,
+    /// Whose limits count the connection
+    pub limits: Option<(Arc<Cluster>, Limits)>,
+}
+
+/// No connection: the reason for a response, and what exactly went wrong.
+#[derive(Debug, Clone, thiserror::Error)]
+#[error("{}: {detail}", reason.code())]
+pub struct ConnectError {
+    /// For the response
+    pub reason: Reason,
+    /// For people
+    pub detail: Rc<str>,
+}
+
+impl ConnectError {
+    pub(super) fn new(reason: Reason, detail: impl std::fmt::Display) -> Self {
+        Self { reason, detail: detail.to_string().into() }
+    }
+}
+
+impl Target {
+    /// An address in plaintext, with no limits.
+    pub(crate) fn plain(address: SocketAddr, wire: Wire, timeout: Duration, idle: Duration) -> Self {
+        Self { address, wire, security: Security::Plain, timeout, idle, endpoint: None, limits: None }
+    }
+
+    /// An endpoint of a backend.
+    pub(crate) fn endpoint(endpoint: &Arc<Endpoint>, backend: &Backend, cluster: &Arc<Cluster>, wire: Wire) -> Self {
+        let (info, policy) = (&endpoint.info, &backend.policy);
+        let security = match &info.identity {
+            None => Security::Plain,
+            Some(identity) => Security::Mtls {
+                identity: identity.clone(),
+                port: info.app_port,
+                service: backend.service.clone(),
+                namespace: backend.namespace.clone(),
+            },
+        };
+        Self {
+            address: info.address,
+            wire,
+            security,
+            timeout: policy.connect_timeout,
+            idle: policy.idle_timeout,
+            endpoint: Some(endpoint.clone()),
+            limits: Some((cluster.clone(), policy.limits)),
+        }
+    }
+
+    /// One instance of the mesh, hit by its own address. `wire` chooses by the protocol that is declared.
+    pub(crate) fn workload(workload: &Workload, wire: impl Fn(Protocol) -> Wire) -> Self {
+        let info = &workload.endpoint;
+        let (namespace, name) = info.id.split_once('/').unwrap_or(("default", &info.id));
+        let security = match &info.identity {
+            None => Security::Plain,
+            Some(identity) => Security::Mtls {
+                identity: identity.clone(),
+                port: info.app_port,
+                service: name.into(),
+                namespace: namespace.into(),
+            },
+        };
+        Self {
+            address: info.address,
+            wire: wire(if info.identity.is_some() { Protocol::Detect } else { workload.protocol }),
+            security,
+            timeout: WORKLOAD_CONNECT,
+            idle: WORKLOAD_IDLE,
+            endpoint: None,
+            limits: None,
+        }
+    }
+
+    /// Says that this worker waits for a connection which the limit denies it.
+    pub(super) fn want(&self) -> Option<Wanted> {
+        self.limits.as_ref().map(|(cluster, _)| cluster.breaker.want())
+    }
+
+    /// A permit for one more connection; `None`: the limit is reached. `own` is how many this worker has to the endpoint: the
+    /// first is always permitted, so that no worker starves another.
+    pub(super) fn connection(&self, own: usize) -> Option<Option<Permit>> {
+        let Some((cluster, limits)) = &self.limits else { return Some(None) };
+        cluster.breaker.connection(limits, own).ok().map(Some)
+    }
+
+    /// A permit to wait for a connection.
+    pub(super) fn pending(&self) -> Result<Option<Permit>, ConnectError> {
+        let Some((cluster, limits)) = &self.limits else { return Ok(None) };
+        cluster.breaker.pending(limits).map(Some).map_err(|reason| ConnectError::new(reason, ""))
+    }
+}
+
+/// Dials and, with mTLS, shakes hands, within the target's time.
+pub(crate) async fn open(target: &Target, proxy: &Proxy) -> Result<Io, ConnectError> {
+    let opening = async {
+        let stream = TcpStream::connect(target.address)
+            .await
+            .map_err(|error| ConnectError::new(Reason::ConnectFailure, format_args!("{}: {error}", target.address)))?;
+        // Small writes are whole messages here; waiting to merge them only adds latency.
+        let _ = stream.set_nodelay(true);
+        secure(stream, target, proxy).await
+    };
+    match tokio::time::timeout(target.timeout, opening).await {
+        Ok(result) => result,
+        Err(_) => Err(ConnectError::new(
+            Reason::ConnectTimeout,
+            format_args!("{} did not answer within {:?}", target.address, target.timeout),
+        )),
+    }
+}
+
+async fn secure(stream: TcpStream, target: &Target, proxy: &Proxy) -> Result<Io, ConnectError> {
+    let Security::Mtls { identity, port, service, namespace } = &target.security else { return Ok(stream.into()) };
+    let own = proxy.identity.required().map_err(refused)?;
+    let to = tls::Target {
+        address: target.address,
+        sni: &format!("p{port}.{service}.{namespace}.outrigger.internal"),
+        expected: identity,
+        alpn: match target.wire {
+            Wire::Http1 => &[tls::ALPN_HTTP1],
+            Wire::Http2 => &[tls::ALPN_H2],
+            Wire::Tcp => &[tls::ALPN_TCP],
+        },
+    };
+    let (stream, _peer) = tls::connect(stream, &own, &to, target.timeout).await.map_err(refused)?;
+    Ok(stream.into())
+}
+
+fn refused(error: TlsError) -> ConnectError {
+    ConnectError::new(error.reason(), error)
+}
+
+/// Starts HTTP/1 on a connection; `held` is dropped when it ends.
+pub(super) async fn http1<H: 'static>(io: Io, held: H) -> Result<http1::SendRequest<RequestBody>, ConnectError> {
+    let mut builder = http1::Builder::new();
+    builder.max_header_size(MAX_HEAD).max_buf_size(2 * MAX_HEAD);
+    let (sender, connection) = builder.handshake(TokioIo::new(io)).await.map_err(protocol)?;
+    tokio::task::spawn_local(async move {
+        if let Err(error) = connection.with_upgrades().await {
+            tracing::debug!(%error, "a connection to an endpoint ended with an error");
+        }
+        drop(held);
+    });
+    Ok(sender)
+}
+
+/// Starts HTTP/2 on a connection; `held` is dropped when it ends.
+pub(super) async fn http2<H: 'static>(io: Io, held: H) -> Result<http2::SendRequest<RequestBody>, ConnectError> {
+    let mut builder = http2::Builder::new(LocalExecutor);
+    builder
+        .timer(TokioTimer::new())
+        .initial_stream_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW)
+        .max_header_list_size(u32::try_from(MAX_HEAD).unwrap_or(u32::MAX))
+        .keep_alive_interval(PING_EVERY)
+        .keep_alive_timeout(PING_TIMEOUT);
+    let (sender, connection) = builder.handshake(TokioIo::new(io)).await.map_err(protocol)?;
+    tokio::task::spawn_local(async move {
+        if let Err(error) = connection.await {
+            tracing::debug!(%error, "a connection to an endpoint ended with an error");
+        }
+        drop(held);
+    });
+    Ok(sender)
+}
+
+fn protocol(error: hyper::Error) -> ConnectError {
+    ConnectError::new(Reason::ConnectFailure, error)
+}
+
+/// Runs hyper's tasks on the worker that started them.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct LocalExecutor;
+
+impl<F: Future + 'static> hyper::rt::Executor<F> for LocalExecutor {
+    fn execute(&self, future: F) {
+        tokio::task::spawn_local(future);
+    }
+}

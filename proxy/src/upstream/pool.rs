@@ -1,0 +1,341 @@
+//! Connections to endpoints, per worker: HTTP/1 ones are lent out one request at a time, the last used first;
+//! HTTP/2 ones are shared.
+
+use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use ::http::{Request, Response};
+use futures_util::FutureExt;
+use futures_util::future::{LocalBoxFuture, Shared};
+use hyper::body::Incoming;
+use hyper::client::conn::{http1, http2};
+use outrigger_core::balance::Endpoint;
+use outrigger_core::breaker::Permit;
+use tokio::sync::Notify;
+
+use super::Cluster;
+use super::connect::{self, ConnectError, Target, Wire};
+use crate::http::RequestBody;
+use crate::state::Proxy;
+
+/// Streams that one HTTP/2 connection carries before another is opened.
+const STREAMS: usize = 100;
+/// Connections that one worker keeps idle per endpoint.
+const MAX_IDLE: usize = 256;
+/// How often idle connections are looked at.
+const SWEEP: Duration = Duration::from_secs(5);
+
+/// All pools of one worker. Clones are handles.
+#[derive(Debug, Clone)]
+pub struct Pools {
+    by_target: Rc<RefCell<HashMap<PoolKey, Rc<Pool>>>>,
+    proxy: Arc<Proxy>,
+    sweeping: Rc<Cell<bool>>,
+}
+
+/// An endpoint by its place in memory (its pool keeps it there), or an address that is none.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum PoolKey {
+    Endpoint(usize, Wire),
+    Address(SocketAddr, Wire),
+}
+
+impl PoolKey {
+    fn of(target: &Target) -> Self {
+        match &target.endpoint {
+            Some(endpoint) => Self::Endpoint(Arc::as_ptr(endpoint).addr(), target.wire),
+            None => Self::Address(target.address, target.wire),
+        }
+    }
+}
+
+/// The connections to one endpoint.
+#[derive(Debug, Default)]
+struct Pool {
+    idle: RefCell<Vec<Idle>>,
+    shared: RefCell<Vec<Rc<SharedConnection>>>,
+    connecting: RefCell<Option<Connecting>>,
+    /// Live HTTP/1 and HTTP/2 connections.
+    open: Cell<usize>,
+    /// Something was given back, closed, or finished connecting.
+    changed: Notify,
+    used: Cell<Option<Instant>>,
+    /// How long a connection is kept without a request.
+    timeout: Cell<Duration>,
+    /// Keeps the endpoint where the pool's key says it is.
+    _endpoint: Option<Arc<Endpoint>>,
+    cluster: Option<Arc<Cluster>>,
+}
+
+type Connecting = Shared<LocalBoxFuture<'static, Result<(), ConnectError>>>;
+
+#[derive(Debug)]
+struct Idle {
+    sender: http1::SendRequest<RequestBody>,
+    since: Instant,
+}
+
+#[derive(Debug)]
+struct SharedConnection {
+    sender: http2::SendRequest<RequestBody>,
+    streams: Cell<usize>,
+    since: Cell<Instant>,
+}
+
+impl Pools {
+    /// No connections.
+    pub fn new(proxy: Arc<Proxy>) -> Self {
+        Self { by_target: Rc::default(), proxy, sweeping: Rc::default() }
+    }
+
+    /// A connection to the target, idle or new.
+    ///
+    /// # Errors
+    /// Why none could be had.
+    pub async fn checkout(&self, target: &Target) -> Result<Lease, ConnectError> {
+        let pool = self.pool(target);
+        pool.used.set(Some(Instant::now()));
+        match target.wire {
+            Wire::Http2 => checkout_http2(pool, target, &self.proxy).await,
+            Wire::Http1 | Wire::Tcp => checkout_http1(pool, target, &self.proxy).await,
+        }
+    }
+
+    fn pool(&self, target: &Target) -> Rc<Pool> {
+        if !self.sweeping.replace(true) {
+            self.keep_swept();
+        }
+        let mut all = self.by_target.borrow_mut();
+        let cluster = || target.limits.as_ref().map(|(cluster, _)| cluster.clone());
+        let new = || Rc::new(Pool { _endpoint: target.endpoint.clone(), cluster: cluster(), ..Pool::default() });
+        let pool = all.entry(PoolKey::of(target)).or_insert_with(new);
+        pool.timeout.set(target.idle);
+        pool.clone()
+    }
+
+    /// Looks after idle connections, in a task that ends with the worker.
+    fn keep_swept(&self) {
+        let pools = Rc::downgrade(&self.by_target);
+        tokio::task::spawn_local(async move {
+            loop {
+                tokio::time::sleep(SWEEP).await;
+                let Some(pools) = pools.upgrade() else { return };
+                sweep(&mut pools.borrow_mut(), Instant::now());
+            }
+        });
+    }
+
+    /// Closes every idle connection.
+    pub fn clear(&self) {
+        for pool in self.by_target.borrow().values() {
+            pool.idle.borrow_mut().clear();
+            pool.shared.borrow_mut().retain(|shared| shared.streams.get() > 0);
+        }
+    }
+}
+
+/// Closes connections that were idle too long at `now`, and forgets pools that have none.
+fn sweep(pools: &mut HashMap<PoolKey, Rc<Pool>>, now: Instant) {
+    pools.retain(|_, pool| {
+        let old = |since: Instant| now.saturating_duration_since(since) >= pool.timeout.get();
+        pool.idle.borrow_mut().retain(|idle| !idle.sender.is_closed() && !old(idle.since));
+        let in_use = |shared: &Rc<SharedConnection>| shared.streams.get() > 0 || !old(shared.since.get());
+        pool.shared.borrow_mut().retain(|shared| !shared.sender.is_closed() && in_use(shared));
+        pool.open.get() > 0 || pool.connecting.borrow().is_some() || !pool.used.get().is_none_or(old)
+    });
+}
+
+impl Pool {
+    fn take_idle(&self) -> Option<http1::SendRequest<RequestBody>> {
+        let mut idle = self.idle.borrow_mut();
+        while let Some(Idle { sender, .. }) = idle.pop() {
+            if sender.is_ready() && !sender.is_closed() {
+                return Some(sender);
+            }
+        }
+        None
+    }
+
+    fn take_shared(&self) -> Option<Rc<SharedConnection>> {
+        let mut shared = self.shared.borrow_mut();
+        shared.retain(|connection| !connection.sender.is_closed());
+        shared.iter().find(|connection| connection.streams.get() < STREAMS).cloned()
+    }
+
+    fn give_back(&self, sender: http1::SendRequest<RequestBody>) {
+        // Another worker waits at the limit of connections: what is not needed here is closed.
+        let wanted = self.cluster.as_ref().is_some_and(|cluster| cluster.breaker.is_wanted());
+        let mut idle = self.idle.borrow_mut();
+        if idle.len() < MAX_IDLE && !(wanted && !idle.is_empty()) {
+            idle.push(Idle { sender, since: Instant::now() });
+        }
+        drop(idle);
+        self.changed.notify_one();
+    }
+}
+
+/// Counts a live connection for as long as its task runs.
+struct Open(Rc<Pool>);
+
+impl Open {
+    fn new(pool: &Rc<Pool>) -> Self {
+        pool.open.set(pool.open.get() + 1);
+        Self(pool.clone())
+    }
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.0.open.set(self.0.open.get() - 1);
+        self.0.changed.notify_one();
+    }
+}
+
+async fn checkout_http1(pool: Rc<Pool>, target: &Target, proxy: &Proxy) -> Result<Lease, ConnectError> {
+    let lease = |sender, reused| Lease { kind: Kind::Http1 { sender, pool: pool.clone() }, reused };
+    if let Some(sender) = pool.take_idle() {
+        return Ok(lease(sender, true));
+    }
+    let _pending = target.pending()?;
+    loop {
+        // Each worker may have one connection per endpoint whatever the limit, so that no worker starves another.
+        let Some(permit) = target.connection(pool.open.get()) else {
+            let _wanted = target.want();
+            pool.changed.notified().await;
+            if let Some(sender) = pool.take_idle() {
+                return Ok(lease(sender, true));
+            }
+            continue;
+        };
+        let open = Open::new(&pool);
+        let io = connect::open(target, proxy).await?;
+        let sender = connect::http1(io, (permit, open)).await?;
+        return Ok(lease(sender, false));
+    }
+}
+
+async fn checkout_http2(pool: Rc<Pool>, target: &Target, proxy: &Arc<Proxy>) -> Result<Lease, ConnectError> {
+    if let Some(connection) = pool.take_shared() {
+        return Ok(Lease::shared(connection, &pool, true));
+    }
+    let _pending = target.pending()?;
+    loop {
+        if let Some(connection) = pool.take_shared() {
+            return Ok(Lease::shared(connection, &pool, false));
+        }
+        let running = pool.connecting.borrow().clone();
+        if let Some(connecting) = running {
+            connecting.await?;
+            continue;
+        }
+        let Some(permit) = target.connection(pool.open.get()) else {
+            let _wanted = target.want();
+            pool.changed.notified().await;
+            continue;
+        };
+        // A task of its own: the requests that wait share its outcome, and none of them takes it away by leaving.
+        let task = connect_shared(pool.clone(), target.clone(), proxy.clone(), permit);
+        let connecting = task.boxed_local().shared();
+        *pool.connecting.borrow_mut() = Some(connecting.clone());
+        tokio::task::spawn_local(connecting);
+    }
+}
+
+async fn connect_shared(
+    pool: Rc<Pool>,
+    target: Target,
+    proxy: Arc<Proxy>,
+    permit: Option<Permit>,
+) -> Result<(), ConnectError> {
+    let open = Open::new(&pool);
+    let result = match connect::open(&target, &proxy).await {
+        Ok(io) => connect::http2(io, (permit, open)).await,
+        Err(error) => Err(error),
+    };
+    *pool.connecting.borrow_mut() = None;
+    let sender = result?;
+    let connection = SharedConnection { sender, streams: Cell::new(0), since: Cell::new(Instant::now()) };
+    pool.shared.borrow_mut().push(Rc::new(connection));
+    Ok(())
+}
+
+/// A connection lent for one request. Dropping it ends the exchange on it: an HTTP/1 connection is closed.
+#[derive(Debug)]
+pub struct Lease {
+    kind: Kind,
+    /// The connection was used before: a reset before the response may only mean that it was idle too long.
+    pub reused: bool,
+}
+
+#[derive(Debug)]
+enum Kind {
+    Http1 { sender: http1::SendRequest<RequestBody>, pool: Rc<Pool> },
+    Http2(Stream),
+}
+
+/// A request that got no response.
+#[derive(Debug)]
+pub struct SendError {
+    /// The request's body, where hyper knows that nothing of the request was sent
+    pub unsent: Option<RequestBody>,
+    /// Why
+    pub error: hyper::Error,
+}
+
+impl Lease {
+    fn shared(connection: Rc<SharedConnection>, pool: &Rc<Pool>, reused: bool) -> Self {
+        connection.streams.set(connection.streams.get() + 1);
+        Self { kind: Kind::Http2(Stream { connection, pool: pool.clone() }), reused }
+    }
+
+    /// Sends one request and waits for the head of its response.
+    ///
+    /// # Errors
+    /// When no response came.
+    pub async fn send(&mut self, request: Request<RequestBody>) -> Result<Response<Incoming>, SendError> {
+        let sent = match &mut self.kind {
+            Kind::Http1 { sender, .. } => sender.try_send_request(request).await,
+            Kind::Http2(stream) => stream.connection.sender.clone().try_send_request(request).await,
+        };
+        sent.map_err(|mut error| SendError {
+            unsent: error.take_message().map(Request::into_body),
+            error: error.into_error(),
+        })
+    }
+
+    /// The response's body has ended: the connection may serve another request.
+    pub fn give_back(self) {
+        let Kind::Http1 { mut sender, pool } = self.kind else { return };
+        if sender.is_closed() {
+            return;
+        }
+        if sender.is_ready() {
+            return pool.give_back(sender);
+        }
+        // The request's body may still be on its way up.
+        tokio::task::spawn_local(async move {
+            if sender.ready().await.is_ok() {
+                pool.give_back(sender);
+            }
+        });
+    }
+}
+
+/// One stream of a shared connection, until it is dropped.
+#[derive(Debug)]
+struct Stream {
+    connection: Rc<SharedConnection>,
+    pool: Rc<Pool>,
+}
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        self.connection.streams.set(self.connection.streams.get() - 1);
+        self.connection.since.set(Instant::now());
+        self.pool.changed.notify_one();
+    }
+}
