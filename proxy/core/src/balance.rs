@@ -89,6 +89,8 @@ pub struct EndpointSet {
     endpoints: Vec<Arc<Endpoint>>,
     /// Running sums of the weights; empty where all are equal.
     sums: Vec<u64>,
+    /// How RoundRobin goes through `sums`.
+    step: u64,
     /// Position of RoundRobin.
     turn: AtomicUsize,
 }
@@ -118,7 +120,8 @@ impl EndpointSet {
             sums.push(sum);
         }
         let equal = endpoints.windows(2).all(|two| two[0].info.weight == two[1].info.weight);
-        Self { endpoints, sums: if equal { Vec::new() } else { sums }, turn: AtomicUsize::new(turn) }
+        let sums = if equal { Vec::new() } else { sums };
+        Self { endpoints, sums, step: if equal { 1 } else { pick::step(sum) }, turn: AtomicUsize::new(turn) }
     }
 
     /// In the order of discovery.

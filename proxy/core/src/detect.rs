@@ -38,7 +38,7 @@ const MAX_LINE: usize = 8 * 1024;
 pub fn detect(bytes: &[u8]) -> Progress {
     match bytes.first() {
         None => Progress::More,
-        Some(0x16) => match hello::parse(bytes) {
+        Some(0x16) if bytes.get(1).is_none_or(|major| *major == 3) => match hello::parse(bytes) {
             hello::Parsed::More => Progress::More,
             hello::Parsed::Hello(hello) => Progress::Found(Detected::Tls(hello)),
             hello::Parsed::No => Progress::Found(Detected::Opaque),

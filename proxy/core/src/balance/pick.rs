@@ -46,6 +46,7 @@ struct View<'a> {
 
 impl View<'_> {
     fn choose(&self, rng: &mut Rng, fits: impl Fn(&Endpoint) -> bool) -> Option<Guard> {
+        let all = &self.set.endpoints;
         // A half-open endpoint whose probe is under way fits for nothing else, so look again, a few times.
         for _ in 0..SAMPLES {
             let first = self.one(rng, &fits)?;
@@ -53,14 +54,19 @@ impl View<'_> {
                 Algorithm::RoundRobin | Algorithm::Random => first,
                 Algorithm::PeakEwma | Algorithm::LeastRequest => self.better(first, rng, &fits),
             };
-            if let Some(guard) = self.take(chosen) {
+            if let Some(guard) = self.take(&all[chosen]) {
                 return Some(guard);
             }
         }
         // Scan for one that is not being probed.
-        let all = &self.set.endpoints;
-        let start = rng.usize(..all.len());
-        (0..all.len()).map(|i| &all[(start + i) % all.len()]).filter(|one| fits(one)).find_map(|one| self.take(one))
+        self.scan(rng).filter(|one| fits(&all[*one])).find_map(|one| self.take(&all[one]))
+    }
+
+    /// All places, from a random one on.
+    fn scan(&self, rng: &mut Rng) -> impl Iterator<Item = usize> + use<> {
+        let count = self.set.endpoints.len();
+        let start = rng.usize(..count);
+        (0..count).map(move |i| (start + i) % count)
     }
 
     fn take(&self, endpoint: &Arc<Endpoint>) -> Option<Guard> {
@@ -70,20 +76,14 @@ impl View<'_> {
         }
     }
 
-    /// One that fits: by sampling, else by a scan from a random place.
-    fn one(&self, rng: &mut Rng, fits: impl Fn(&Endpoint) -> bool) -> Option<&Arc<Endpoint>> {
+    /// One that fits: by sampling, else by a scan.
+    fn one(&self, rng: &mut Rng, fits: impl Fn(&Endpoint) -> bool) -> Option<usize> {
         let all = &self.set.endpoints;
         if all.is_empty() {
             return None;
         }
-        for _ in 0..SAMPLES {
-            let one = &all[self.place(rng)];
-            if fits(one) {
-                return Some(one);
-            }
-        }
-        let start = rng.usize(..all.len());
-        (0..all.len()).map(|i| &all[(start + i) % all.len()]).find(|one| fits(one))
+        let sampled = (0..SAMPLES).map(|_| self.place(rng)).find(|place| fits(&all[*place]));
+        sampled.or_else(|| self.scan(rng).find(|place| fits(&all[*place])))
     }
 
     /// An index, as the algorithm draws it.
@@ -93,10 +93,8 @@ impl View<'_> {
         match self.algorithm {
             Algorithm::RoundRobin if total == 0 => self.set.turn.fetch_add(1, Relaxed) % count,
             Algorithm::RoundRobin => {
-                // A step of about the golden ratio spreads an endpoint's turns over the round.
                 let turn = self.set.turn.fetch_add(1, Relaxed) as u64;
-                let step = coprime(total * 618 / 1000, total);
-                at(sums, turn % total * step % total)
+                at(sums, turn % total * self.set.step % total)
             }
             // Samples are drawn by weight and compared by load alone: with equal loads the shares are the weights.
             _ if total == 0 => rng.usize(..count),
@@ -104,22 +102,21 @@ impl View<'_> {
         }
     }
 
-    fn better<'a>(
-        &'a self,
-        first: &'a Arc<Endpoint>,
-        rng: &mut Rng,
-        fits: impl Fn(&Endpoint) -> bool,
-    ) -> &'a Arc<Endpoint> {
+    /// The better of `first` and a second sample.
+    fn better(&self, first: usize, rng: &mut Rng, fits: impl Fn(&Endpoint) -> bool) -> usize {
+        let all = &self.set.endpoints;
         // The one probe goes out as soon as its endpoint is met; if it waited to look better, it might never go.
-        if first.state(self.now) == State::HalfOpen {
+        if all.len() == 1 || all[first].state(self.now) == State::HalfOpen {
             return first;
         }
-        let all = &self.set.endpoints;
         for _ in 0..SAMPLES {
-            let second = &all[self.place(rng)];
-            if !Arc::ptr_eq(first, second) && fits(second) {
-                let probe = second.state(self.now) == State::HalfOpen;
-                return if probe || self.load(second) < self.load(first) { second } else { first };
+            let second = match self.set.sums.is_empty() {
+                true => (first + rng.usize(1..all.len())) % all.len(),
+                false => self.place(rng),
+            };
+            if second != first && fits(&all[second]) {
+                let probe = all[second].state(self.now) == State::HalfOpen;
+                return if probe || self.load(&all[second]) < self.load(&all[first]) { second } else { first };
             }
         }
         first
@@ -141,13 +138,14 @@ fn at(sums: &[u64], point: u64) -> usize {
     sums.partition_point(|sum| *sum <= point)
 }
 
-/// The first number from `start` on that shares no divisor with `total`: steps of it visit everything.
-fn coprime(start: u64, total: u64) -> u64 {
+/// A step through a round of `total` turns that visits each once and spreads those of one endpoint over the round:
+/// about the golden ratio, and without a common divisor.
+pub(super) fn step(total: u64) -> u64 {
     let gcd = |mut a: u64, mut b: u64| {
         while b != 0 {
             (a, b) = (b, a % b);
         }
         a
     };
-    (start.max(1)..).find(|step| gcd(*step, total) == 1).unwrap_or(1)
+    ((total * 618 / 1000).max(1)..).find(|step| gcd(*step, total) == 1).unwrap_or(1)
 }

@@ -23,9 +23,10 @@ const SECOND: u64 = 1_000_000;
 const BURST: i64 = 10;
 
 impl RetryBudget {
-    /// A budget that starts full.
+    /// A budget that starts with what the minimum rate earns until the bucket is full.
     pub fn new(policy: &Budget, now: Instant) -> Self {
-        let budget = Self { balance: AtomicI64::new(capacity(policy)), ..Self::default() };
+        let start = i64::from(policy.min_per_second) * BURST * TOKEN;
+        let budget = Self { balance: AtomicI64::new(start), ..Self::default() };
         budget.base.get_or_init(|| now);
         budget
     }
