@@ -319,3 +319,11 @@ fn what_is_not_for_the_mesh_is_skipped_with_a_line() {
         "shop.yaml:1: HTTPRoute x: skipped: no parentRef is a Service; routes of gateways are not the mesh's"
     );
 }
+
+#[test]
+fn deep_nesting_is_an_error_and_no_overflow() {
+    for (open, close) in [("[", "]"), ("{a: ", "}"), ("- ", "")] {
+        let text = format!("{}x{}", open.repeat(50_000), close.repeat(50_000));
+        assert!(!parse("shop.yaml", &text).rejections.is_empty());
+    }
+}

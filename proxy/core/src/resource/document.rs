@@ -3,7 +3,11 @@
 use std::collections::HashMap;
 
 use saphyr::{LoadableYamlNode, MarkedYaml, Scalar, YamlData};
+use saphyr_parser::{Event, Parser};
 use serde_json::{Map, Value};
+
+/// Deepest nesting that is read.
+const MAX_DEPTH: usize = 64;
 
 /// One document of a file.
 pub(crate) struct Document<'a> {
@@ -89,6 +93,10 @@ pub(crate) struct SyntaxError {
 pub(crate) fn read(document: &Document<'_>) -> Result<Option<(Value, Lines)>, SyntaxError> {
     let before = document.line.saturating_sub(1);
     let absolute = |line: usize| before + u32::try_from(line).unwrap_or(u32::MAX - before).max(1);
+    if let Some(line) = too_deep(document.text) {
+        let reason = format!("nested deeper than {MAX_DEPTH} levels, which no resource is");
+        return Err(SyntaxError { line: absolute(line), reason });
+    }
     let nodes = MarkedYaml::load_from_str(document.text)
         .map_err(|error| SyntaxError { line: absolute(error.marker().line()), reason: error.info().to_owned() })?;
     let Some(root) = nodes.first() else { return Ok(None) };
@@ -98,6 +106,24 @@ pub(crate) fn read(document: &Document<'_>) -> Result<Option<(Value, Lines)>, Sy
     })
     .map_err(|(line, reason)| SyntaxError { line: absolute(line), reason: reason.to_owned() })?;
     Ok((!value.is_null()).then_some((value, lines)))
+}
+
+/// The line where the nesting exceeds [`MAX_DEPTH`]. What builds, walks and drops a document recurses: without this a
+/// file of brackets would overflow the stack. A syntax error is left to the reader proper.
+fn too_deep(text: &str) -> Option<usize> {
+    let mut depth = 0_usize;
+    let mut parser = Parser::new_from_str(text);
+    while let Some(Ok((event, span))) = parser.next_event() {
+        match event {
+            Event::SequenceStart(..) | Event::MappingStart(..) => depth += 1,
+            Event::SequenceEnd | Event::MappingEnd => depth = depth.saturating_sub(1),
+            _ => {}
+        }
+        if depth > MAX_DEPTH {
+            return Some(span.start.line());
+        }
+    }
+    None
 }
 
 type Wrong = (usize, &'static str);
