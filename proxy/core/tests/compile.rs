@@ -6,6 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use outrigger_core::compile::{Answer, Catalog, Client, ClosedPolicy, Found, Inputs, Module, Modules, wanted_modules};
+use outrigger_core::link;
 use outrigger_core::resource::{AppPort, Dial, Loaded, PortProtocol, Registration, Rejection, parse};
 use outrigger_proto::{mesh, type_url};
 use proptest::prelude::*;
@@ -452,6 +453,35 @@ fn a_filter_without_its_module_fails_closed_or_is_left_out() {
         assert_eq!(rejections[0].reason, "config/gone.wasm cannot be read");
         assert_eq!(service(&catalog, "svc/demo/reviews", "demo").ports[0].filters, listed);
         assert_eq!(answer(&catalog, type_url::FILTER, "filter/demo/f", &client("demo", "a")), None);
+    }
+}
+
+/// What is accepted here must be accepted by proxies: a NACK would be found out by traffic.
+#[test]
+fn whatever_is_accepted_links() {
+    let mut texts = vec![SHOP.to_owned(), include_str!("data/kinds.yaml").to_owned()];
+    let base = include_str!("data/gateway-api/base-manifests.yaml");
+    for entry in std::fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/gateway-api")).unwrap() {
+        let path = entry.unwrap().path();
+        if !path.ends_with("base-manifests.yaml") {
+            texts.push(format!("{base}\n---\n{}", std::fs::read_to_string(path).unwrap()));
+        }
+    }
+    for text in texts {
+        let (catalog, _) = Catalog::build(inputs(&text));
+        for row in catalog.services() {
+            for namespace in [row.namespace.as_str(), "gateway-conformance-mesh-consumer"] {
+                let wire = service(&catalog, &format!("svc/{}/{}", row.namespace, row.name), namespace);
+                link::service(&wire).unwrap_or_else(|error| panic!("{row:?}: {error}"));
+            }
+            for port in &row.ports {
+                let key = format!("endpoints/{}/{}:{}/0", row.namespace, row.name, port.port);
+                link::endpoints(&mesh::Endpoints { endpoints: endpoints(&catalog, &key) }).unwrap();
+            }
+        }
+        link::inbound(&own(&catalog, "reviews-v1-0")).unwrap();
+        let found = answer(&catalog, type_url::MESH_CONFIG, "mesh", &client("demo", "a")).unwrap();
+        link::mesh(&mesh::MeshConfig::decode(found.bytes).unwrap()).unwrap();
     }
 }
 

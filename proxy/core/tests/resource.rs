@@ -246,6 +246,12 @@ fn routes_are_rejected_with_line_field_and_remedy() {
             "`reviews` does not begin with /",
         ),
         (
+            http_route("  - matches:\n    - path: {value: /%7Ejoe//x}"),
+            8,
+            "spec.rules[0].matches[0].path.value",
+            "`/%7Ejoe//x` is not in canonical spelling; write `/~joe/x`",
+        ),
+        (
             http_route("  - matches:\n    - method: get"),
             8,
             "spec.rules[0].matches[0].method",
@@ -325,5 +331,33 @@ fn deep_nesting_is_an_error_and_no_overflow() {
     for (open, close) in [("[", "]"), ("{a: ", "}"), ("- ", "")] {
         let text = format!("{}x{}", open.repeat(50_000), close.repeat(50_000));
         assert!(!parse("shop.yaml", &text).rejections.is_empty());
+    }
+}
+
+#[test]
+fn authorization_paths_are_those_that_requests_can_have() {
+    let paths = |path: &str| {
+        let spec = format!("  rules: [{{to: [{{paths: ['{path}']}}]}}]");
+        parse("shop.yaml", &ours("AuthorizationPolicy", &spec)).rejections
+    };
+    for path in ["/", "/a", "/a/*", "/.well-known/*", "/a/.*", "*", "*.php", "*/admin", "/%C3%A4/*"] {
+        assert_eq!(paths(path), [], "{path}");
+    }
+    for path in ["", "a", "/%61dmin", "/a//b", "/a/../b", "/a/%2f*", "/%c3%a4", "/a*b", "*a*", "/a?b", "/a/%4*"] {
+        let rejections = paths(path);
+        assert_eq!(rejections.len(), 1, "{path}");
+        assert_eq!(rejections[0].field, "spec.rules[0].to[0].paths[0]", "{path}");
+    }
+}
+
+proptest::proptest! {
+    /// Whatever a file holds: an answer, no panic.
+    #[test]
+    fn no_text_is_too_strange(text in "(---\n|kind: |apiVersion: |spec:\n|  |- |\\[|\\]|\\{|\\}|, |: |&a|\\*a|!t|'|\"|\\||\n|v1|Service|MtlsPolicy|outrigger.dev/v1alpha1|[a-zä0-9%]){0,40}") {
+        let parsed = parse("shop.yaml", &text);
+        for rejection in parsed.rejections {
+            let lines = u32::try_from(text.split('\n').count()).unwrap();
+            proptest::prop_assert!((1..=lines + 1).contains(&rejection.line), "{}", rejection);
+        }
     }
 }

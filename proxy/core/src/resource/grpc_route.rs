@@ -98,9 +98,7 @@ fn path(spec: &MethodMatch) -> Result<Path, Bad> {
         let Some(value) = value else { continue };
         let wrong = match spec.r#type {
             ValueType::RegularExpression => check_regex(value).err(),
-            ValueType::Exact if value.is_empty() || value.contains(['/', '?', '#', '%']) => {
-                Some(format!("`{value}` is not the name of a gRPC {field}"))
-            }
+            ValueType::Exact if !name(value) => Some(format!("`{value}` is not the name of a gRPC {field}")),
             ValueType::Exact => None,
         };
         if let Some(reason) = wrong {
@@ -116,4 +114,9 @@ fn path(spec: &MethodMatch) -> Result<Path, Bad> {
             Path::Regex(format!("/(?:{})/(?:{})", service.unwrap_or("[^/]+"), method.unwrap_or("[^/]+")))
         }
     })
+}
+
+/// The characters of protobuf's names.
+fn name(text: &str) -> bool {
+    !text.is_empty() && text.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'.'))
 }

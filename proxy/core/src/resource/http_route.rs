@@ -4,6 +4,8 @@ use outrigger_proto::mesh::{self, http_match::Path};
 use serde::Deserialize;
 use serde_json::Value;
 
+use crate::normalize::canonical;
+
 use super::decode::{Bad, decode};
 use super::route::{self, HeaderMatch, Match, ParentRef, Place, Route, Rule, SpecBackendRef, SpecFilter, ValueType};
 use super::value::{Label, Method, Millis, NotYet, check_regex};
@@ -144,21 +146,13 @@ fn one_match(spec: SpecMatch) -> Result<Match, Bad> {
     Ok(Match { wire: mesh::HttpMatch { rule: 0, path: Some(path), method, headers, query }, rank })
 }
 
-/// A path that a canonical one can be equal to.
+/// A path that requests can have: they are compared in canonical spelling.
 fn check_path(path: String) -> Result<String, Bad> {
-    let lower = path.to_ascii_lowercase();
-    let segments = path.split('/').any(|segment| matches!(segment, "." | ".."));
-    let wrong = if !path.starts_with('/') {
-        Some("does not begin with /")
-    } else if path.contains("//") || segments {
-        Some("has an empty or dot segment, which no canonical path has")
-    } else if lower.contains("%2f") || path.contains(['#', '?']) {
-        Some("has %2f, # or ?, which no path has")
-    } else {
-        None
+    let wrong = match canonical(&path, true) {
+        _ if !path.starts_with('/') => format!("`{path}` does not begin with /"),
+        Ok(None) => return Ok(path),
+        Ok(Some(canonical)) => format!("`{path}` is not in canonical spelling; write `{canonical}`"),
+        Err(_) => format!("`{path}` has %2F, %5C, %00 or \\, which no rule may name"),
     };
-    match wrong {
-        Some(wrong) => Err(Bad::new("path.value", format!("`{path}` {wrong}"))),
-        None => Ok(path),
-    }
+    Err(Bad::new("path.value", wrong))
 }

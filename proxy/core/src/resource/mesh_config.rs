@@ -8,7 +8,7 @@ use serde_json::Value;
 use super::decode::{Bad, decode};
 use super::mtls_policy::Mode;
 use super::traffic_policy::{self, Settings};
-use super::value::{Block, Millis, NotYet, Percent, Principal, Subdomain};
+use super::value::{Block, Identity, Millis, NotYet, Percent, Subdomain};
 
 /// A MeshConfig. `None`: not said, the default holds.
 #[derive(Debug, Clone, Default)]
@@ -23,7 +23,7 @@ pub struct MeshConfig {
     pub mesh_ranges: Vec<String>,
     /// What happens to destinations that are not the mesh's
     pub outbound_traffic: Option<OutboundTraffic>,
-    /// SPIFFE ID patterns of peers whose `X-Forwarded-*` are believed
+    /// SPIFFE IDs of peers whose `X-Forwarded-*` are believed
     pub trusted_forwarders: Vec<String>,
     /// Which exchanges are logged
     pub access_log: Option<AccessLog>,
@@ -41,7 +41,7 @@ struct Spec {
     mtls: Mtls,
     mesh_ranges: Vec<Block>,
     outbound_traffic: Option<OutboundTrafficName>,
-    trusted_forwarders: Vec<Principal>,
+    trusted_forwarders: Vec<Identity>,
     access_log: Log,
     tracing: Tracing,
     defaults: Option<traffic_policy::Spec>,
@@ -107,7 +107,7 @@ pub(crate) fn read(spec: &Value) -> Result<MeshConfig, Bad> {
             OutboundTrafficName::AllowAny => OutboundTraffic::AllowAny,
             OutboundTrafficName::RegistryOnly => OutboundTraffic::RegistryOnly,
         }),
-        trusted_forwarders: spec.trusted_forwarders.into_iter().map(|principal| principal.0).collect(),
+        trusted_forwarders: spec.trusted_forwarders.into_iter().map(|identity| identity.0).collect(),
         access_log: spec.access_log.mode.map(|mode| match mode {
             LogMode::Off => AccessLog::Off,
             LogMode::Errors => AccessLog::Errors,

@@ -2,9 +2,13 @@
 
 use std::fmt;
 use std::marker::PhantomData;
+use std::net::IpAddr;
 use std::str::FromStr;
 
+use ipnet::IpNet;
 use serde::de::{self, Deserialize, Deserializer, Visitor};
+
+use crate::normalize::canonical;
 
 /// Longest pattern's compiled size, in bytes: a pattern must not be a way to exhaust proxies.
 const REGEX_LIMIT: usize = 256 * 1024;
@@ -72,7 +76,9 @@ macro_rules! scalar {
 }
 pub(crate) use scalar;
 
-scalar!(Millis, Size, Percent, Label, Subdomain, Port, Method, HeaderName, HeaderText, Principal, Glob, Block);
+scalar!(
+    Identity, Millis, Size, Percent, Label, Subdomain, Port, Method, HeaderName, HeaderText, Principal, Glob, Block
+);
 
 /// A duration in milliseconds: `250ms`, `1s`, `1h30m`, `24h`, `1d`. `0s` is zero.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -175,11 +181,11 @@ text! {
     /// The value of a header
     HeaderText: |text| http::HeaderValue::from_str(text).is_ok(), "a header value (visible ASCII)";
     /// A SPIFFE ID with wildcards
-    Principal: principal, "a SPIFFE ID pattern like spiffe://cluster.local/ns/demo/sa/web, where * stands for any characters but /";
-    /// A path, with one `*` at its start or its end
-    Glob: glob, "a path: it begins with / (a * at the end makes a prefix), or with * (a suffix), or is *";
-    /// A CIDR block or one address
-    Block: |text| text.parse::<ipnet::IpNet>().is_ok() || text.parse::<std::net::IpAddr>().is_ok(), "a CIDR block or an IP address";
+    Principal: principal, "a SPIFFE ID pattern like spiffe://cluster.local/ns/demo/sa/web, where * stands for any characters";
+    /// A path in canonical spelling, with one `*` at its start or its end
+    Glob: glob, "a path: it begins with / (a * at the end makes a prefix), or with * (a suffix), or is *; and it is spelled as requests are before rules see them: plain characters unescaped, no //, no dot segments, no %2F";
+    /// One workload's identity
+    Identity: |text| text.parse::<crate::spiffe::SpiffeId>().is_ok(), "a workload's SPIFFE ID; the form is spiffe://<trust-domain>/ns/<namespace>/sa/<service-account>";
 }
 
 fn principal(text: &str) -> bool {
@@ -193,8 +199,14 @@ fn principal(text: &str) -> bool {
 }
 
 fn glob(text: &str) -> bool {
-    let inner = text.strip_suffix('*').or_else(|| text.strip_prefix('*')).unwrap_or(text);
-    (text.starts_with('/') || text.starts_with('*')) && !inner.contains('*') && !text.contains(['?', '#'])
+    // A rule that no canonical path can match would be a hole in a Deny: so a path that it matches must be canonical.
+    let example = match (text.strip_suffix('*'), text.strip_prefix('*')) {
+        (Some(""), _) => return true,
+        (Some(prefix), _) => format!("{prefix}x"),
+        (None, Some(suffix)) => format!("/x{suffix}"),
+        (None, None) => text.to_owned(),
+    };
+    example.starts_with('/') && !example.contains('*') && canonical(&example, true) == Ok(None)
 }
 
 /// A port from 1 to 65535
@@ -207,6 +219,19 @@ impl FromStr for Port {
     fn from_str(text: &str) -> Result<Self, String> {
         let port = text.parse().ok().filter(|port| *port != 0);
         port.map(Self).ok_or_else(|| format!("`{text}` is not a port from 1 to 65535"))
+    }
+}
+
+/// A CIDR block; one address is a block of its own
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Block(pub(crate) String);
+
+impl FromStr for Block {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let net = text.parse::<IpNet>().or_else(|_| text.parse::<IpAddr>().map(IpNet::from));
+        net.map(|net| Self(net.to_string())).map_err(|_| format!("`{text}` is not a CIDR block or an IP address"))
     }
 }
 
@@ -230,5 +255,73 @@ pub(crate) enum NotYet {}
 impl<'de> Deserialize<'de> for NotYet {
     fn deserialize<D: Deserializer<'de>>(_: D) -> Result<Self, D::Error> {
         Err(de::Error::custom("not supported yet; remove it"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn durations() {
+        for (text, millis) in [
+            ("250ms", 250),
+            ("1s", 1_000),
+            ("0s", 0),
+            ("5m", 300_000),
+            ("24h", 86_400_000),
+            ("1h30m", 5_400_000),
+            ("1d", 86_400_000),
+        ] {
+            assert_eq!(text.parse(), Ok(Millis(millis)), "{text}");
+        }
+        for text in ["", "1", "s", "1.5s", "-1s", "1s ", "1 s", "1w", "99999999999999999999s", "9999999d"] {
+            assert!(text.parse::<Millis>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn sizes_and_percentages() {
+        for (text, bytes) in [("512Ki", 512 << 10), ("16Mi", 16 << 20), ("1Gi", 1 << 30), ("1000", 1000)] {
+            assert_eq!(text.parse(), Ok(Size(bytes)), "{text}");
+        }
+        for text in ["", "Ki", "1.5Mi", "16MB", "-1", "99999999999Gi"] {
+            assert!(text.parse::<Size>().is_err(), "{text}");
+        }
+        for (text, millionths) in [("1%", 10_000), ("0.5%", 5_000), ("100", 1_000_000), ("0%", 0)] {
+            assert_eq!(text.parse(), Ok(Percent(millionths)), "{text}");
+        }
+        for text in ["", "%", "101%", "-1%", "NaN", "inf"] {
+            assert!(text.parse::<Percent>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn names_principals_and_blocks() {
+        assert!(
+            dns_label("a-1")
+                && !dns_label("-a")
+                && !dns_label("a-")
+                && !dns_label("A")
+                && !dns_label("a.b")
+                && !dns_label("")
+        );
+        assert!(dns_subdomain("a.b") && !dns_subdomain("a..b") && !dns_subdomain(&"a.".repeat(200)));
+        for text in ["*", "spiffe://cluster.local/ns/demo/sa/web", "spiffe://*/ns/demo/sa/*"] {
+            assert!(text.parse::<Principal>().is_ok(), "{text}");
+        }
+        for text in ["cluster.local/ns/demo/sa/web", "spiffe://", "spiffe://a", "spiffe://a/b c", ""] {
+            assert!(text.parse::<Principal>().is_err(), "{text}");
+        }
+        assert_eq!("10.0.0.1".parse(), Ok(Block("10.0.0.1/32".into())));
+        assert_eq!("fd00::/8".parse(), Ok(Block("fd00::/8".into())));
+        assert!("10.0.0.0/33".parse::<Block>().is_err());
+    }
+
+    #[test]
+    fn a_pattern_that_compiles_to_much_is_refused() {
+        assert_eq!(check_regex("a{2}b*"), Ok(()));
+        assert_eq!(check_regex("(a{1000}){1000}"), Err("the regular expression is too big; simplify it".into()));
+        assert!(check_regex("(?=a)").is_err());
     }
 }

@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use super::decode::{Bad, decode};
 use super::meta::Meta;
-use super::value::{Label, Port, Principal};
+use super::value::{Identity, Label, Port};
 use super::{AppPort, PortProtocol};
 
 /// A Workload.
@@ -38,7 +38,7 @@ struct Spec {
     address: String,
     ports: Vec<SpecPort>,
     service_account: Option<Label>,
-    identity: Option<Principal>,
+    identity: Option<Identity>,
     #[serde(default)]
     locality: Locality,
     weight: Option<u32>,
@@ -82,10 +82,6 @@ pub(crate) fn read(spec: &Value, meta: &Meta) -> Result<Workload, Bad> {
             return Err(Bad::new(format!("spec.ports[{index}]"), "its name or number is used twice"));
         }
         ports.push(AppPort { name, port: port.port.0, protocol: port.protocol });
-    }
-    if let Some(identity) = spec.identity.as_ref().filter(|identity| identity.0.contains('*')) {
-        let reason = format!("`{}` has a wildcard; an endpoint proves one exact identity", identity.0);
-        return Err(Bad::new("spec.identity", reason));
     }
     let weight = spec.weight.unwrap_or(DEFAULT_WEIGHT);
     if weight > 1_000_000 {
