@@ -121,7 +121,7 @@ fn a_missing_backend_is_a_warning_with_its_place() {
     assert_eq!(
         lines,
         [
-            "config/shop.yaml:48: HTTPRoute demo/reviews: spec.rules[1].backendRefs[2]: Service demo/reviews-v3 does not exist"
+            "config/shop.yaml:61: HTTPRoute demo/reviews: spec.rules[1].backendRefs[2]: Service demo/reviews-v3 does not exist"
         ]
     );
 }
@@ -385,6 +385,29 @@ spec: {address: 10.9.0.5, ports: [{name: sql, port: 5432}], weight: 0}
     assert_eq!(found, expected.map(|(id, address, port, identity)| (id.into(), address.into(), port, identity.into())));
 }
 
+#[test]
+fn a_route_without_effect_is_a_warning() {
+    let at = |port: u32| {
+        route("HTTPRoute", "demo", "http", "[{}]")
+            .replace("namespace: demo}]", &format!("namespace: demo, port: {port}}}]"))
+    };
+    let service = plain_service("demo", "reviews").replace("]}", ", {name: tcp-raw, port: 9000}]}");
+    for (text, warning) in [
+        (at(80), None),
+        (at(81), Some("Service demo/reviews has no such port")),
+        (at(9000), Some("port 9000 of Service demo/reviews is declared as TCP, which no HTTP route is for")),
+        (
+            at(80) + &route("GRPCRoute", "demo", "grpc", "[{}]"),
+            Some("GRPCRoute demo/grpc takes its place on port 80 of Service demo/reviews"),
+        ),
+        (at(80) + &route("GRPCRoute", "client", "grpc", "[{}]"), None),
+    ] {
+        let catalog = build(inputs(&(service.clone() + &text)));
+        let reasons: Vec<_> = catalog.warnings().iter().map(|warning| warning.reason.as_str()).collect();
+        assert_eq!(reasons, warning.into_iter().collect::<Vec<_>>(), "{text}");
+    }
+}
+
 fn rejected(inputs: Inputs) -> Vec<String> {
     Catalog::build(inputs).1.iter().map(Rejection::to_string).collect()
 }
@@ -399,13 +422,13 @@ fn contradictions_reject_the_younger() {
     assert_eq!(
         rejected(inputs(&(policy("one") + &policy("two")))),
         [
-            "config/shop.yaml:7: TrafficPolicy default/two: spec.targetRefs: TrafficPolicy one (config/shop.yaml:2) has one of these targets already, and is older; merge the two"
+            "config/shop.yaml:10: TrafficPolicy default/two: spec.targetRefs: TrafficPolicy one (config/shop.yaml:2) has one of these targets already, and is older; merge the two"
         ]
     );
     assert_eq!(
         rejected(inputs(&(plain_service("demo", "a") + &plain_service("demo", "a")))),
         [
-            "config/shop.yaml:7: Service demo/a: metadata.name: already defined at config/shop.yaml:2; rename one of them or remove it"
+            "config/shop.yaml:9: Service demo/a: metadata.name: already defined at config/shop.yaml:2; rename one of them or remove it"
         ]
     );
 }
@@ -434,7 +457,7 @@ fn a_pinned_module_goes_on_from_what_is_held() {
     assert_eq!(
         rejected(with.clone()),
         [format!(
-            "config/shop.yaml:7: WasmFilter demo/f: spec.module.sha256: config/filters/cohort.wasm has digest {}, not this one",
+            "config/shop.yaml:10: WasmFilter demo/f: spec.module.sha256: config/filters/cohort.wasm has digest {}, not this one",
             "ab".repeat(32)
         )]
     );

@@ -10,8 +10,8 @@ use super::instance::Instance;
 use super::{ClosedPolicy, Inputs, Module, Modules};
 use crate::key::ServiceKey;
 use crate::resource::{
-    AuthorizationPolicy, Dial, EndpointSlice, Loaded, MeshConfig, MtlsPolicy, Rejection, Resource, ResourceId, Route,
-    Service, Settings, Target, WasmFilter,
+    AuthorizationPolicy, Dial, EndpointSlice, Loaded, MeshConfig, MtlsPolicy, PortProtocol, Rejection, Resource,
+    ResourceId, Route, Service, ServicePort, Settings, Target, WasmFilter,
 };
 
 /// All resources, indexed.
@@ -61,6 +61,17 @@ impl Attached {
             Resource::Route(route) => Some(route),
             _ => None,
         }
+    }
+
+    /// The ports of its parent that it is for.
+    pub(super) fn ports<'a>(&'a self, service: &'a Service) -> impl Iterator<Item = &'a ServicePort> {
+        let parent = self.route().and_then(|route| route.parents.get(self.parent));
+        service.ports.iter().filter(move |port| {
+            parent.is_some_and(|parent| {
+                parent.port.is_none_or(|wanted| wanted == port.port)
+                    && parent.section.as_ref().is_none_or(|wanted| *wanted == port.name)
+            })
+        })
     }
 }
 
@@ -136,7 +147,7 @@ pub(super) fn build(inputs: Inputs) -> (Catalog, Vec<Rejection>) {
 pub(super) fn rejection(loaded: &Loaded, field: &str, reason: impl Into<String>) -> Rejection {
     Rejection {
         file: loaded.file.clone(),
-        line: loaded.line,
+        line: loaded.lines.of(field),
         kind: loaded.id.kind.clone(),
         namespace: loaded.id.namespace.clone(),
         name: loaded.id.name.clone(),
@@ -260,11 +271,10 @@ impl Builder {
     fn warn(&mut self) {
         let mut warnings = Vec::new();
         for (key, attached) in &self.catalog.routes {
-            if !self.catalog.services.contains_key(key) {
-                for attached in attached {
-                    let reason = format!("Service {key} does not exist");
-                    let field = format!("spec.parentRefs[{}]", attached.parent);
-                    warnings.push(rejection(&attached.loaded, &field, reason));
+            for one in attached {
+                if let Some(reason) = self.catalog.idle(key, one, attached) {
+                    // As the document has it: parents that are no Services are not counted here.
+                    warnings.push(rejection(&one.loaded, "spec.parentRefs", reason));
                 }
             }
         }
@@ -314,6 +324,34 @@ impl Builder {
                 warnings.push(rejection(loaded, &format!("spec.targetRefs[{index}]"), reason));
             }
         }
+    }
+}
+
+impl Catalog {
+    /// Why a route has no effect on one of its parents, or on a port of it.
+    fn idle(&self, key: &ServiceKey, attached: &Attached, all: &[Attached]) -> Option<String> {
+        let Some(service) = self.find_service(key) else {
+            return Some(format!("Service {key} does not exist"));
+        };
+        let mut http = attached.ports(service).filter(|port| port.protocol != PortProtocol::Tcp).peekable();
+        if http.peek().is_none() {
+            return Some(match attached.ports(service).next() {
+                Some(port) => {
+                    format!("port {} of Service {key} is declared as TCP, which no HTTP route is for", port.port)
+                }
+                None => format!("Service {key} has no such port"),
+            });
+        }
+        if attached.route()?.grpc {
+            return None;
+        }
+        // Consumers and producers do not meet: who loses, loses to one of its own namespace.
+        let rivals = all.iter().filter(|other| other.loaded.id.namespace == attached.loaded.id.namespace);
+        let rivals: Vec<_> = rivals.filter(|other| other.route().is_some_and(|route| route.grpc)).collect();
+        http.find_map(|port| {
+            let rival = rivals.iter().find(|rival| rival.ports(service).any(|other| other.port == port.port))?;
+            Some(format!("{} takes its place on port {} of Service {key}", rival.loaded.id, port.port))
+        })
     }
 }
 

@@ -57,12 +57,11 @@ impl Catalog {
         if port.protocol == crate::resource::PortProtocol::Tcp {
             return Vec::new();
         }
+        let Some(service) = self.find_service(key) else { return Vec::new() };
         let mut found: Vec<(&Attached, &Route)> = Vec::new();
         for attached in self.routes.get(key).into_iter().flatten() {
             let Some(route) = attached.route() else { continue };
-            let Some(parent) = route.parents.get(attached.parent) else { continue };
-            let here = parent.port.is_none_or(|wanted| wanted == port.port)
-                && parent.section.as_ref().is_none_or(|wanted| *wanted == port.name);
+            let here = attached.ports(service).any(|own| own.port == port.port);
             // Naming a parent twice must not double the rules.
             let again = found.iter().any(|(other, _)| other.loaded.id == attached.loaded.id);
             if here && !again {

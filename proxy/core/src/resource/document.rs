@@ -55,7 +55,7 @@ fn finish<'a>(text: &'a str, start: Option<(usize, u32)>, end: usize, documents:
 }
 
 /// Lines of the fields of one document, by path as `spec.ports[0].name`.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 pub(crate) struct Lines {
     first: u32,
     by_path: HashMap<String, u32>,

@@ -89,6 +89,8 @@ pub struct Loaded {
     pub created: Option<i64>,
     /// What it says
     pub resource: Resource,
+    /// For what is found out when it meets the others
+    pub(crate) lines: Lines,
 }
 
 /// What makes a resource the same one over its versions.
@@ -240,6 +242,7 @@ fn one(file: &str, document: &Document<'_>) -> Result<Option<Outcome>, Box<Rejec
         id: ResourceId { kind: context.kind, namespace: meta.namespace, name: meta.name },
         created: meta.created,
         resource,
+        lines: context.lines,
     }))))
 }
 
