@@ -82,3 +82,6 @@ fn unknown(field: &str, number: i32) -> LinkError {
 fn address(field: &str, text: &str) -> Result<IpAddr, LinkError> {
     text.parse().map_err(|_| LinkError::new(field, format_args!("`{text}` is not an IP address")))
 }
+
+#[cfg(test)]
+mod tests;

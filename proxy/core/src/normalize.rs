@@ -171,6 +171,10 @@ fn host(head: &mut request::Parts) -> Result<(), Reason> {
         _ => return Err(Reason::BadRequest),
     }
     if head.version != Version::HTTP_2 && head.uri.authority().is_some() {
+        // Without a scheme it is the authority form, which only CONNECT has.
+        if head.uri.scheme().is_none() {
+            return Err(Reason::BadRequest);
+        }
         let path = head.uri.path_and_query().cloned().unwrap_or(PathAndQuery::from_static("/"));
         head.uri = Uri::from(path);
     }

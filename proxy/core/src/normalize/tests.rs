@@ -62,6 +62,8 @@ fn an_absolute_form_agrees_with_host_and_becomes_origin_form() {
         let mut other = bare("http://reviews:80/a", &[("host", host)]);
         assert_eq!(request(&mut other, &outbound()), Err(Reason::BadRequest), "{host}");
     }
+    let mut tunnel = bare("reviews:80", &[("host", "reviews:80")]);
+    assert_eq!(request(&mut tunnel, &outbound()), Err(Reason::BadRequest), "the form of CONNECT");
     let mut alone = bare("http://reviews/a", &[]);
     assert_eq!(request(&mut alone, &outbound()), Err(Reason::BadRequest), "HTTP/1 must say Host");
 }
