@@ -264,16 +264,22 @@ fn body(reader: &mut impl BufRead, request: &Recorded) -> io::Result<Vec<u8>> {
             let size = size.split(';').next().unwrap_or_default().trim();
             let size = u64::from_str_radix(size, 16).map_err(io::Error::other)?;
             if size == 0 {
-                while line(reader)?.is_some_and(|line| !line.is_empty()) {}
+                while !line(reader)?.ok_or(io::ErrorKind::UnexpectedEof)?.is_empty() {}
                 return Ok(body);
             }
-            reader.take(size).read_to_end(&mut body)?;
+            exactly(reader, size, &mut body)?;
             line(reader)?;
         }
     }
     let length = request.header("content-length").and_then(|length| length.parse().ok()).unwrap_or(0);
-    reader.take(length).read_to_end(&mut body)?;
+    exactly(reader, length, &mut body)?;
     Ok(body)
+}
+
+/// A request whose body was cut short is no request: it is never recorded.
+fn exactly(reader: &mut impl BufRead, size: u64, body: &mut Vec<u8>) -> io::Result<()> {
+    let read = reader.take(size).read_to_end(body)?;
+    if read as u64 == size { Ok(()) } else { Err(io::ErrorKind::UnexpectedEof.into()) }
 }
 
 /// A line without its end, or `None` at the end of the stream.

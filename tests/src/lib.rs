@@ -14,6 +14,7 @@ mod mesh;
 mod metrics;
 mod netns;
 mod process;
+mod python;
 mod wait;
 
 pub use address::Address;
@@ -24,4 +25,5 @@ pub use mesh::{Control, Mesh, Proxy, ProxyBuilder};
 pub use metrics::Metrics;
 pub use netns::{Host, Lan};
 pub use process::Process;
+pub use python::Python;
 pub use wait::{HANG, until};

@@ -1,0 +1,61 @@
+//! HTTP/2 as an attacker speaks it, with frames written by hand: it ends within bounds, and others are served.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // helpers of tests
+
+use outrigger_e2e::{Backend, Mesh, Python, until};
+
+const SERVICE: &str = "
+apiVersion: v1
+kind: Service
+metadata: {name: reviews, namespace: demo}
+spec:
+  selector: {app: reviews}
+  ports: [{name: http, port: 80, targetPort: http}]
+";
+
+/// Runs one attack on the outbound listener; returns what the attacker saw, and how many requests the application got.
+fn attack(what: &str) -> (serde_json::Value, usize) {
+    let mesh = Mesh::start(SERVICE);
+    let application = Backend::http([127, 0, 0, 1].into(), "v1");
+    let _reviews = mesh.proxy("reviews-0").labels("app=reviews").app(&application.address()).start();
+    let mut web = mesh.proxy("web-0").start();
+    until("web reaches reviews", || (web.call("reviews", "/").send().status == 200).then_some(()));
+    let before = application.count();
+
+    let (ip, port) = (web.ip().to_string(), web.outbound().port().to_string());
+    let seen = Python::script("h2_abuse.py", &[&ip, &port, "reviews", what]).json();
+
+    let requests = application.count() - before;
+    assert!(web.process.is_running());
+    assert_eq!(web.call("reviews", "/after").send().status, 200, "others are served: {seen}");
+    (seen, requests)
+}
+
+#[test]
+fn rapid_reset_is_cut_off() {
+    let (seen, requests) = attack("rapid-reset");
+    assert!(seen["goaway"].is_number() || seen["ended"].is_string(), "{seen}");
+    assert!(requests < 5_000, "{requests} of 20,000 reached the application");
+}
+
+#[test]
+fn a_continuation_flood_is_cut_off() {
+    let (seen, requests) = attack("continuation");
+    assert!(seen["ended"].is_string(), "{seen}");
+    assert_eq!(requests, 0);
+}
+
+#[test]
+fn a_settings_flood_ends_within_bounds() {
+    assert_eq!(attack("settings").1, 0);
+}
+
+#[test]
+fn zero_windows_hold_only_bounded_data() {
+    let (seen, requests) = attack("zero-window");
+    assert!(requests <= 100, "{requests}: {seen}");
+}
+
+#[test]
+fn a_header_block_beyond_the_limit_is_refused() {
+    assert_eq!(attack("big-header").1, 0);
+}
