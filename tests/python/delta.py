@@ -1,6 +1,7 @@
 """The delta stream, seen by grpcio with Envoy's message classes.
 
   delta.py first     ARGS CONFIG_DIR SAVE   subscribe, NACK one of three, absence, alias, change, removal
+  delta.py hold      ARGS                   subscribe, NACK one, stay connected
   delta.py reconnect ARGS SAVE              a new stream that holds what SAVE says: nothing is sent again
 
 ARGS: --address A --ca FILE --token T --namespace NS --account SA --workload W. CONFIG_DIR already holds Services a, b and
@@ -105,6 +106,15 @@ def first(a):
     print(json.dumps({"bytes": s.bytes, "versions": versions}))
 
 
+def hold(a):
+    control, _ = identified(a)
+    s = Stream(control, a.workload)
+    s.send(subscribe=["svc/demo/b"])
+    m = s.next()
+    s.send(nonce=m.nonce, error=nack("svc/demo/b", "no thank you"))
+    s.next(600)
+
+
 def reconnect(a):
     control, saved = identified(a)
     s = Stream(control, a.workload)
@@ -132,8 +142,8 @@ def reconnect(a):
 
 if __name__ == "__main__":
     p = argparse.ArgumentParser()
-    p.add_argument("what", choices=["first", "reconnect"])
+    p.add_argument("what", choices=["first", "hold", "reconnect"])
     for flag in ("address", "ca", "token", "namespace", "account", "workload", "config", "save"):
         p.add_argument("--" + flag, default="")
     args = p.parse_args()
-    {"first": first, "reconnect": reconnect}[args.what](args)
+    {"first": first, "hold": hold, "reconnect": reconnect}[args.what](args)

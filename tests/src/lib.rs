@@ -25,5 +25,5 @@ pub use mesh::{Control, Mesh, Proxy, ProxyBuilder};
 pub use metrics::Metrics;
 pub use netns::{Host, Lan};
 pub use process::Process;
-pub use python::Python;
+pub use python::{python, succeed};
 pub use wait::{HANG, until};

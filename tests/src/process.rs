@@ -28,6 +28,16 @@ impl Process {
         Self { name: name.to_owned(), child, log }
     }
 
+    /// As [`Process::start`], for a server that prints `ready`: waits for that.
+    pub fn serve(name: &str, command: Command, directory: &Path) -> Self {
+        let mut process = Self::start(name, command, directory);
+        until(&format!("{name} is ready"), || {
+            assert!(process.is_running(), "{name} ended:\n{}", process.log());
+            process.log().contains("ready").then_some(())
+        });
+        process
+    }
+
     /// Process id.
     pub fn id(&self) -> u32 {
         self.child.id()

@@ -1,7 +1,7 @@
 //! HTTP/2 as an attacker speaks it, with frames written by hand: it ends within bounds, and others are served.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // helpers of tests
 
-use outrigger_e2e::{Backend, Mesh, Python, until};
+use outrigger_e2e::{Backend, Mesh, python, succeed, until};
 
 const SERVICE: &str = "
 apiVersion: v1
@@ -22,7 +22,8 @@ fn attack(what: &str) -> (serde_json::Value, usize) {
     let before = application.count();
 
     let (ip, port) = (web.ip().to_string(), web.outbound().port().to_string());
-    let seen = Python::script("h2_abuse.py", &[&ip, &port, "reviews", what]).json();
+    let seen = succeed(python("h2_abuse.py").args([&ip, &port, "reviews", what]));
+    let seen = serde_json::from_str(&seen).unwrap();
 
     let requests = application.count() - before;
     assert!(web.process.is_running());

@@ -3,8 +3,9 @@
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener};
+use std::process::Command;
 
-use outrigger_e2e::{Backend, HANG, Lan, Mesh, Process, Proxy, Python, until};
+use outrigger_e2e::{Backend, HANG, Lan, Mesh, Process, Proxy, python, succeed, until};
 
 fn service(name: &str, port: &str) -> String {
     format!(
@@ -22,22 +23,36 @@ fn free_port() -> u16 {
 fn grpc() -> (Mesh, Process, Proxy, Proxy) {
     let mesh = Mesh::start(&service("echo", "grpc"));
     let port = free_port();
-    let server = Python::script("grpc_peer.py", &["serve", &port.to_string()]).serve("grpc-server", &mesh.path(""));
+    let server = serve("grpc_peer.py", port, &mesh);
     let app = format!("grpc=127.0.0.1:{port}/h2");
     let echo = mesh.proxy("echo-0").labels("app=echo").app(&app).start();
     let web = mesh.proxy("web-0").start();
-    until("web reaches echo", || (call(&web, "status").json()["code"] == "OK").then_some(()));
+    until("web reaches echo", || (status(&web)["code"] == "OK").then_some(()));
     (mesh, server, echo, web)
 }
 
-fn call(web: &Proxy, case: &str) -> Python {
-    Python::script("grpc_peer.py", &["call", &web.outbound().to_string(), "echo", case])
+fn serve(script: &str, port: u16, mesh: &Mesh) -> Process {
+    let mut command = python(script);
+    command.args(["serve", &port.to_string()]);
+    Process::serve(script, command, &mesh.path(""))
+}
+
+/// A case of grpcio's client.
+fn call(web: &Proxy, case: &str) -> Command {
+    let mut command = python("grpc_peer.py");
+    command.args(["call", &web.outbound().to_string(), "echo", case]);
+    command
+}
+
+/// What a unary call ended with.
+fn status(web: &Proxy) -> serde_json::Value {
+    serde_json::from_str(&succeed(&mut call(web, "status"))).unwrap()
 }
 
 #[test]
 fn grpc_unary_with_trailers() {
     let (_mesh, _server, echo, web) = grpc();
-    call(&web, "unary").succeed();
+    succeed(&mut call(&web, "unary"));
     let peers = echo.metrics().by("outrigger_tls_connections_total", "peer");
     assert!(peers.contains_key("spiffe://cluster.local/ns/demo/sa/web"), "{peers:?}");
 }
@@ -46,20 +61,20 @@ fn grpc_unary_with_trailers() {
 fn grpc_streams_big_messages_and_many_calls() {
     let (_mesh, _server, _echo, web) = grpc();
     for case in ["stream", "bidi", "big", "many"] {
-        call(&web, case).succeed();
+        succeed(&mut call(&web, case));
     }
 }
 
 #[test]
 fn grpc_deadline() {
     let (_mesh, _server, _echo, web) = grpc();
-    call(&web, "deadline").succeed();
+    succeed(&mut call(&web, "deadline"));
 }
 
 #[test]
 fn grpc_error_status_with_its_message() {
     let (_mesh, _server, _echo, web) = grpc();
-    call(&web, "error").succeed();
+    succeed(&mut call(&web, "error"));
 }
 
 #[test]
@@ -67,7 +82,7 @@ fn grpc_gets_a_grpc_status_from_the_mesh_itself() {
     let (_mesh, mut server, _echo, web) = grpc();
     server.kill();
     let status = until("the mesh answers itself", || {
-        let status = call(&web, "status").json();
+        let status = status(&web);
         (status["code"] != "OK").then_some(status)
     });
     assert_eq!(status["code"], "UNAVAILABLE", "{status}");
@@ -78,13 +93,13 @@ fn grpc_gets_a_grpc_status_from_the_mesh_itself() {
 fn websocket() {
     let mesh = Mesh::start(&service("chat", "http"));
     let port = free_port();
-    let _server = Python::script("websocket_peer.py", &["serve", &port.to_string()]).serve("websocket", &mesh.path(""));
+    let _server = serve("websocket_peer.py", port, &mesh);
     let app = format!("127.0.0.1:{port}");
     let _chat = mesh.proxy("chat-0").labels("app=chat").app(&app).start();
     let web = mesh.proxy("web-0").start();
     let url = format!("ws://{}/chat?room=1", web.outbound());
     until("the WebSocket client succeeds", || {
-        let ran = Python::script("websocket_peer.py", &["call", &url, "chat"]).output();
+        let ran = python("websocket_peer.py").args(["call", &url, "chat"]).output().unwrap();
         ran.status.success().then_some(())
     });
 }
