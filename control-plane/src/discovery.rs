@@ -9,7 +9,7 @@ use outrigger_core::key::Key;
 use outrigger_proto::discovery::aggregated_discovery_service_server::AggregatedDiscoveryService;
 use outrigger_proto::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse};
 use prost::Message;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
@@ -19,6 +19,7 @@ use crate::metrics::Metrics;
 use crate::peer::{Leaf, Peer};
 use crate::proxies::{Connected, Proxies};
 use crate::refusals::Refusals;
+use crate::run::told;
 
 /// A stream says who it is within this time.
 const FIRST_REQUEST: Duration = Duration::from_secs(10);
@@ -36,6 +37,8 @@ pub struct Discovery {
     pub refusals: Arc<Refusals>,
     /// What is counted
     pub metrics: Metrics,
+    /// Turns true when every stream must end
+    pub stopping: watch::Receiver<bool>,
 }
 
 type Sender = mpsc::Sender<Result<DeltaDiscoveryResponse, Status>>;
@@ -94,7 +97,8 @@ impl Discovery {
             peer = %peer.address, "proxy connected"
         );
         let expiry = tokio::time::sleep(until(leaf.not_after));
-        tokio::pin!(expiry);
+        let stopping = told(self.stopping.clone());
+        tokio::pin!(expiry, stopping);
         let told = Mutex::default();
         self.request(&proxy, &first, &told, &mut states, sender).await?;
         loop {
@@ -105,7 +109,7 @@ impl Discovery {
                 },
                 changed = states.changed() => {
                     if changed.is_err() {
-                        return Err(Status::unavailable("the control plane is stopping"));
+                        return Ok(());
                     }
                     let published = states.borrow_and_update().clone();
                     let view = self.view(&proxy, &published, &told);
@@ -115,6 +119,7 @@ impl Discovery {
                 () = &mut expiry => {
                     return Err(Status::unauthenticated("the certificate of this connection has expired: connect with the renewed one"));
                 }
+                () = &mut stopping => return Err(Status::unavailable("the control plane is stopping")),
                 () = sender.closed() => return Ok(()),
             }
         }
@@ -125,7 +130,7 @@ impl Discovery {
         proxy: &Connected,
         request: &DeltaDiscoveryRequest,
         told: &Mutex<BTreeSet<String>>,
-        states: &mut tokio::sync::watch::Receiver<Arc<Published>>,
+        states: &mut watch::Receiver<Arc<Published>>,
         sender: &Sender,
     ) -> Result<(), Status> {
         // Not marked as seen: the other types' subscriptions are still to be compared with this state.

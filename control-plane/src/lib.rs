@@ -20,6 +20,7 @@ pub mod peer;
 pub mod proxies;
 pub mod refusals;
 pub mod registry;
+pub mod run;
 pub mod server;
 pub mod source;
 pub mod store;

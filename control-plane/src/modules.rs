@@ -73,7 +73,7 @@ async fn send(
         if data.is_empty() && !first {
             return Ok(());
         }
-        let chunk = Chunk { data: Bytes::from(data).into(), total: if first { total } else { 0 } };
+        let chunk = Chunk { data: Bytes::from(data), total: if first { total } else { 0 } };
         if sender.send(Ok(chunk)).await.is_err() {
             return Ok(());
         }

@@ -209,12 +209,11 @@ impl Store {
                 });
                 continue;
             }
-            let order = self.good.get(&loaded.id).map(|good| good.order).unwrap_or_else(|| {
-                self.next_order += 1;
-                self.next_order
-            });
+            let known = self.good.get(&loaded.id);
+            let order = known.map_or(self.next_order + 1, |good| good.order);
+            self.next_order = self.next_order.max(order);
             // The same text at the same place stays the same object, so that what is compiled from it can stay too.
-            let kept = self.good.get(&loaded.id).map(|good| &good.loaded).filter(|known| {
+            let kept = known.map(|good| &good.loaded).filter(|known| {
                 known.document == loaded.document && known.file == loaded.file && known.line == loaded.line
             });
             let loaded = kept.cloned().unwrap_or_else(|| Arc::new(loaded.clone()));
