@@ -79,9 +79,20 @@ fn hex(bytes: &[u8]) -> Option<u128> {
 }
 
 fn write(context: &Context) -> HeaderValue {
-    let text = format!("00-{:032x}-{:016x}-{:02x}", context.trace, context.span, u8::from(context.sampled));
+    let mut text = *b"00-00000000000000000000000000000000-0000000000000000-00";
+    put(&mut text[3..35], context.trace);
+    put(&mut text[36..52], context.span.into());
+    text[54] += u8::from(context.sampled);
     // Hexadecimal digits and dashes are always a header value.
-    HeaderValue::try_from(text).unwrap_or(HeaderValue::from_static("00-0-0-00"))
+    HeaderValue::from_bytes(&text).unwrap_or(HeaderValue::from_static("00-0-0-00"))
+}
+
+/// Lower case digits, from the right.
+fn put(digits: &mut [u8], mut number: u128) {
+    for digit in digits.iter_mut().rev() {
+        *digit = b"0123456789abcdef"[(number & 15) as usize];
+        number >>= 4;
+    }
 }
 
 #[cfg(test)]
