@@ -15,6 +15,7 @@ mod metrics;
 mod netns;
 mod process;
 mod python;
+mod shop;
 mod wait;
 
 pub use address::Address;
@@ -26,4 +27,5 @@ pub use metrics::Metrics;
 pub use netns::{Host, Lan};
 pub use process::Process;
 pub use python::{python, succeed};
+pub use shop::Shop;
 pub use wait::{HANG, until};
