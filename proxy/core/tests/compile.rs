@@ -1,6 +1,7 @@
 //! Resources in, answers to subscriptions out.
 
-#![allow(missing_docs)]
+// Helpers of tests count as tests.
+#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;

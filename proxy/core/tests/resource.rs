@@ -1,6 +1,7 @@
 //! YAML in, resources and rejections out.
 
-#![allow(missing_docs)]
+// Helpers of tests count as tests.
+#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use outrigger_core::resource::{Closed, Closes, Parsed, Rejection, Resource, parse, parse_at};
 
@@ -244,6 +245,13 @@ fn routes_are_rejected_with_line_field_and_remedy() {
             8,
             "spec.rules[0].matches[0].path.value",
             "`reviews` does not begin with /",
+        ),
+        (http_route("  - name: a\n  - name: a"), 8, "spec.rules[1].name", "rule 0 has this name already"),
+        (
+            http_route("  - {}").replace("group: '', ", ""),
+            5,
+            "spec.parentRefs[0].group",
+            "a Service is of the core group; write `group: \"\"`",
         ),
         (
             http_route("  - matches:\n    - path: {value: /%7Ejoe//x}"),

@@ -49,7 +49,7 @@ struct MethodMatch {
 /// `None`: no parent is a Service.
 pub(crate) fn read(spec: &Value, namespace: &str) -> Result<Option<Route>, Bad> {
     let spec: Spec = decode(spec, "spec", &[])?;
-    let parents = route::parents(spec.parent_refs, namespace);
+    let parents = route::parents(spec.parent_refs, namespace)?;
     if parents.is_empty() {
         return Ok(None);
     }
@@ -58,6 +58,7 @@ pub(crate) fn read(spec: &Value, namespace: &str) -> Result<Option<Route>, Bad> 
     for (index, rule) in specs.into_iter().enumerate() {
         rules.push(self::rule(rule, namespace).map_err(|bad| bad.within(&format!("spec.rules[{index}]")))?);
     }
+    route::unique_names(&rules)?;
     Ok(Some(Route { grpc: true, parents, rules }))
 }
 

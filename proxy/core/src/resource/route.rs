@@ -197,19 +197,41 @@ pub(crate) struct Place {
 }
 
 /// The parents that are Services. Others (Gateways) are not the mesh's business.
-pub(crate) fn parents(refs: Vec<ParentRef>, namespace: &str) -> Vec<Parent> {
-    let service = |parent: &ParentRef| {
-        matches!(parent.group.as_deref(), Some("" | "core")) && parent.kind.as_deref() == Some("Service")
-    };
-    refs.into_iter()
-        .filter(service)
-        .map(|parent| Parent {
+pub(crate) fn parents(refs: Vec<ParentRef>, namespace: &str) -> Result<Vec<Parent>, Bad> {
+    let mut parents = Vec::new();
+    for (index, parent) in refs.into_iter().enumerate() {
+        if parent.kind.as_deref() != Some("Service") {
+            continue;
+        }
+        match parent.group.as_deref() {
+            Some("" | "core") => {}
+            // Left out it means the Gateway API's own group: easily forgotten, and then nothing would be routed.
+            None | Some(super::kinds::GATEWAY) => {
+                let reason = "a Service is of the core group; write `group: \"\"`";
+                return Err(Bad::new(format!("spec.parentRefs[{index}].group"), reason));
+            }
+            Some(_) => continue,
+        }
+        parents.push(Parent {
             namespace: parent.namespace.map_or_else(|| namespace.to_owned(), |namespace| namespace.0),
             name: parent.name.0,
             port: parent.port.map(|port| port.0),
             section: parent.section_name.filter(|section| !section.is_empty()),
-        })
-        .collect()
+        });
+    }
+    Ok(parents)
+}
+
+/// Policies name rules, so a name must be one rule's only.
+pub(crate) fn unique_names(rules: &[Rule]) -> Result<(), Bad> {
+    for (index, rule) in rules.iter().enumerate() {
+        let earlier = rules.iter().take(index).position(|other| rule.name.is_some() && other.name == rule.name);
+        if let Some(earlier) = earlier {
+            let reason = format!("rule {earlier} has this name already");
+            return Err(Bad::new(format!("spec.rules[{index}].name"), reason));
+        }
+    }
+    Ok(())
 }
 
 pub(crate) fn backends(refs: Vec<SpecBackendRef>, namespace: &str, place: Place) -> Result<Vec<BackendRef>, Bad> {
