@@ -1,0 +1,182 @@
+//! Timeouts, retries, limits and ejection: what the caller gets, and how often the application was asked.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // helpers of tests
+
+use std::net::IpAddr;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
+
+use outrigger_e2e::{Backend, Curl, Recorded, Reply, Response, Shop, until};
+
+fn policy(spec: &str) -> String {
+    // On the Services that routes and callers name.
+    let targets =
+        ["reviews", "reviews-v1", "reviews-v2"].map(|name| format!("{{group: '', kind: Service, name: {name}}}"));
+    format!(
+        "apiVersion: outrigger.dev/v1alpha1\nkind: TrafficPolicy\nmetadata: {{name: reviews, namespace: demo}}\n\
+         spec:\n  targetRefs: [{}]\n{spec}\n",
+        targets.join(", ")
+    )
+}
+
+fn loopback() -> IpAddr {
+    [127, 0, 0, 1].into()
+}
+
+fn ok() -> Reply {
+    Reply::Answer { status: 200, headers: Vec::new(), body: b"ok".to_vec() }
+}
+
+fn status(status: u16) -> Reply {
+    Reply::Answer { status, headers: Vec::new(), body: Vec::new() }
+}
+
+/// A backend whose `reply` is told how often this path was asked for before.
+fn counting(name: &str, reply: impl Fn(usize, &Recorded) -> Reply + Send + Sync + 'static) -> Backend {
+    let count = AtomicUsize::new(0);
+    Backend::http_with(loopback(), name, move |request| {
+        if request.path == "/ready" { ok() } else { reply(count.fetch_add(1, Ordering::SeqCst), request) }
+    })
+}
+
+/// Requests other than those of [`ready`].
+fn asked(backend: &Backend) -> usize {
+    backend.requests().iter().filter(|request| request.path != "/ready").count()
+}
+
+fn ready(shop: &Shop) {
+    until("web reaches reviews-v1", || (shop.web.call("reviews-v1", "/ready").send().status == 200).then_some(()));
+}
+
+fn told(response: &Response) -> (u16, Option<&str>) {
+    (response.status, response.reason())
+}
+
+#[test]
+fn a_request_that_takes_too_long_is_504() {
+    let hang = counting("v1", |_, _| Reply::Hang);
+    let shop = Shop::start_with(&policy("  timeouts: {request: 300ms}"), hang, Backend::http(loopback(), "v2"));
+    ready(&shop);
+    let response = shop.web.call("reviews-v1", "/").send();
+    assert_eq!(told(&response), (504, Some("request-timeout")));
+}
+
+#[test]
+fn an_attempt_that_takes_too_long_is_tried_again() {
+    let once = counting("v1", |before, _| if before == 0 { Reply::Hang } else { ok() });
+    let shop = Shop::start_with(
+        &policy("  retries: {attempts: 2, on: [reset, 503], perTryTimeout: 300ms}"),
+        once,
+        Backend::http(loopback(), "v2"),
+    );
+    ready(&shop);
+    assert_eq!(told(&shop.web.call("reviews-v1", "/").send()), (200, None));
+    assert_eq!(asked(&shop.v1), 2);
+}
+
+#[test]
+fn only_what_is_safe_is_retried_and_bodies_are_sent_again_whole() {
+    let once = counting("v1", |before, _| if before % 2 == 0 { status(503) } else { ok() });
+    let shop = Shop::start_with("", once, Backend::http(loopback(), "v2"));
+    ready(&shop);
+
+    // PUT is idempotent: tried again, with its body.
+    let response = shop.web.call("reviews-v1", "/").args(["--request", "PUT", "--data", "the whole body"]).send();
+    assert_eq!(response.status, 200);
+    let bodies: Vec<Vec<u8>> =
+        shop.v1.requests().into_iter().filter(|request| request.method == "PUT").map(|request| request.body).collect();
+    assert_eq!(bodies, [b"the whole body", b"the whole body"]);
+
+    // POST is not: its 503 is the answer.
+    let response = shop.web.call("reviews-v1", "/").args(["--data", "x"]).send();
+    assert_eq!(told(&response), (503, None));
+    assert_eq!(shop.v1.requests().iter().filter(|request| request.method == "POST").count(), 1);
+}
+
+#[test]
+fn a_body_beyond_the_replay_bound_is_not_sent_again() {
+    let never = counting("v1", |_, _| status(503));
+    let shop = Shop::start_with("", never, Backend::http(loopback(), "v2"));
+    ready(&shop);
+    let body = "x".repeat(100_000);
+    let response = shop.web.call("reviews-v1", "/").args(["--request", "PUT", "--data", &body]).send();
+    assert_eq!(response.status, 503);
+    assert_eq!(asked(&shop.v1), 1);
+}
+
+#[test]
+fn retries_end_with_the_budget() {
+    let never = counting("v1", |_, _| status(503));
+    let shop = Shop::start_with(
+        &policy(
+            "  retries: {attempts: 2, budget: {percent: 1, minPerSecond: 1}}\n  outlierDetection: {consecutiveFailures: 0}",
+        ),
+        never,
+        Backend::http(loopback(), "v2"),
+    );
+    ready(&shop);
+    let statuses: Vec<u16> = (0..50).map(|_| shop.web.call("reviews-v1", "/").send().status).collect();
+    assert!(statuses.iter().all(|status| *status == 503));
+    // Without a budget: 150.
+    assert!(asked(&shop.v1) < 100, "{} attempts of 50 requests", asked(&shop.v1));
+}
+
+#[test]
+fn more_concurrent_requests_than_allowed_are_refused() {
+    let hang = counting("v1", |_, _| Reply::Hang);
+    let shop = Shop::start_with(
+        &policy("  circuitBreaker: {maxRequests: 3}\n  timeouts: {request: 5s}"),
+        hang,
+        Backend::http(loopback(), "v2"),
+    );
+    ready(&shop);
+    let url = shop.web.url("/");
+    thread::scope(|scope| {
+        for _ in 0..3 {
+            scope.spawn(|| Curl::get(&url).header("host", "reviews-v1").send());
+        }
+        until("three requests are held", || (asked(&shop.v1) == 3).then_some(()));
+        let response = shop.web.call("reviews-v1", "/").send();
+        assert_eq!(told(&response), (503, Some("overflow-requests")));
+    });
+}
+
+#[test]
+fn an_endpoint_that_keeps_failing_is_ejected_and_tried_again_later() {
+    let bad = counting("v1", |before, _| if before < 3 { status(500) } else { ok() });
+    let shop = Shop::start_with(
+        &policy("  outlierDetection: {consecutiveFailures: 3, baseEjection: 2s, maxEjectedPercent: 50}"),
+        bad,
+        Backend::http(loopback(), "v2"),
+    );
+    until("both are used", || {
+        let seen: Vec<_> = (0..10).map(|_| shop.get("/ready").header("x-backend").map(str::to_owned)).collect();
+        (seen.contains(&Some("v1".to_owned())) && seen.contains(&Some("v2".to_owned()))).then_some(())
+    });
+    until("v1 fails three times", || {
+        shop.get("/");
+        (asked(&shop.v1) >= 3).then_some(())
+    });
+    // Ejected: everything is answered by v2.
+    let answers: Vec<_> = (0..20).map(|_| shop.get("/").header("x-backend").map(str::to_owned)).collect();
+    assert!(answers.iter().all(|backend| backend.as_deref() == Some("v2")), "{answers:?}");
+    // And back after its time, since it works again.
+    until("v1 is used again", || (shop.get("/").header("x-backend") == Some("v1")).then_some(()));
+}
+
+#[test]
+fn nobody_there_is_said_with_its_reason() {
+    let mut shop = Shop::start("");
+    ready(&shop);
+    shop.v1.kill();
+    // The sidecar is there and its application is not.
+    let response =
+        until("the failure is seen", || Some(shop.web.call("reviews-v1", "/").send()).filter(|it| it.status != 200));
+    assert_eq!(response.status, 503, "{response:?}");
+    assert_eq!(response.reason(), Some("connect-failure"));
+
+    shop.proxy1.process.stop();
+    let response = until("the endpoint is withdrawn", || {
+        Some(shop.web.call("reviews-v1", "/").send()).filter(|response| response.reason() == Some("no-endpoints"))
+    });
+    assert_eq!(response.status, 503);
+}
