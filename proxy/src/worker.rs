@@ -1,15 +1,21 @@
 //! Thread per core: each worker has a runtime, listeners and connection pools of its own.
 
 use std::cell::RefCell;
+use std::io;
+use std::net::TcpListener;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::thread::JoinHandle;
 
 use arc_swap::{ArcSwap, Cache};
 use outrigger_core::key::Key;
 use outrigger_core::reason::Reason;
+use tokio::runtime::{Builder, LocalOptions};
+use tokio::sync::mpsc;
 
-use crate::drain::DrainWatch;
+use crate::drain::{DrainWatch, Phase};
 use crate::flags::Settings;
+use crate::listen::{self, Accepted, Way};
 use crate::metrics::Local;
 use crate::snapshot::{Snapshot, Target};
 use crate::state::{Proxy, WorkerLoad};
@@ -101,5 +107,63 @@ impl Worker {
             return Ok((snapshot, target));
         }
         self.proxy.directory.resolve(key).await
+    }
+}
+
+/// One worker's listening sockets.
+#[derive(Debug)]
+pub struct Listeners {
+    /// What others send
+    pub inbound: TcpListener,
+    /// What the application sends
+    pub outbound: TcpListener,
+}
+
+/// Starts one thread per pair of listeners. A thread ends when everything is cut.
+///
+/// # Errors
+/// When a thread or its runtime cannot be made.
+pub fn start(proxy: &Arc<Proxy>, listeners: Vec<Listeners>) -> io::Result<Vec<JoinHandle<()>>> {
+    let (senders, receivers): (Vec<_>, Vec<_>) = listeners.iter().map(|_| mpsc::unbounded_channel()).unzip();
+    let mut threads = Vec::with_capacity(listeners.len());
+    for (index, (listeners, mailbox)) in listeners.into_iter().zip(receivers).enumerate() {
+        let runtime = move || Builder::new_current_thread().enable_all().build_local(LocalOptions::default());
+        let (proxy, senders) = (proxy.clone(), senders.clone());
+        let thread = std::thread::Builder::new().name(format!("worker-{index}"));
+        threads.push(thread.spawn(move || match runtime() {
+            Ok(runtime) => runtime.block_on(run(proxy, index, listeners, mailbox, senders)),
+            Err(error) => tracing::error!(%error, "a worker has no runtime"),
+        })?);
+    }
+    Ok(threads)
+}
+
+async fn run(
+    proxy: Arc<Proxy>,
+    index: usize,
+    listeners: Listeners,
+    mut mailbox: mpsc::UnboundedReceiver<Accepted>,
+    others: Vec<mpsc::UnboundedSender<Accepted>>,
+) {
+    let worker = Worker::new(proxy, index);
+    for (listener, way) in [(listeners.inbound, Way::Inbound), (listeners.outbound, Way::Outbound)] {
+        tokio::task::spawn_local(listen::accept(worker.clone(), listener, way, others.clone()));
+    }
+    let mut swaps = worker.proxy.directory.swaps();
+    let cut = worker.drain.reached(Phase::Cut);
+    tokio::pin!(cut);
+    loop {
+        tokio::select! {
+            () = &mut cut => return,
+            Some(accepted) = mailbox.recv() => listen::adopt(&worker, accepted),
+            changed = swaps.changed() => {
+                if changed.is_err() {
+                    return;
+                }
+                // Pinned by nobody on this thread from here on, so that what a swap replaced is freed.
+                drop(worker.snapshot());
+                crate::filter::release_unused();
+            }
+        }
     }
 }

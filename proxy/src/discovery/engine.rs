@@ -95,13 +95,10 @@ enum Fate {
 
 impl Engine {
     /// Subscribes to what every proxy needs.
-    pub(crate) fn new(workload: &str, trust_domain: Option<&str>) -> Self {
+    pub(crate) fn new(workload: &str) -> Self {
         let mut engine = Self::default();
         engine.subscriptions.add(Kind::Mesh, &Key::Mesh.to_string());
         engine.subscriptions.add(Kind::SelfOf, &Key::SelfOf(workload.to_owned()).to_string());
-        if let Some(domain) = trust_domain {
-            engine.subscriptions.add(Kind::Bundle, &Key::Bundle(domain.to_owned()).to_string());
-        }
         engine
     }
 
@@ -288,6 +285,11 @@ impl Engine {
                 }
             }
         }
+    }
+
+    /// Between two replayed responses: the next one answers what the last one needs.
+    pub(super) fn restored(&mut self) {
+        self.subscribe_needs();
     }
 
     /// Takes the result of a [`Prepare`]. One that was overtaken by a newer version is forgotten.

@@ -1,8 +1,18 @@
 //! Configuration on demand: what the data path asks for is subscribed to, linked, and swapped in.
 
+mod driver;
 mod engine;
+mod local;
+mod persist;
+mod remote;
 mod reply;
 mod subscriptions;
+
+pub use driver::{Discovery, Origin, Sink};
+pub use local::Local;
+pub use remote::Remote;
+
+use driver::{Event, Requests};
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use outrigger_proto::discovery::DeltaDiscoveryRequest;
 use outrigger_proto::type_url;
 
-/// Kinds of resources, in the order in which they are asked for.
+/// Kinds of resources, in the order in which they are asked for and restored: what names others comes before them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) enum Kind {
     Mesh,
@@ -19,7 +19,7 @@ pub(crate) enum Kind {
 
 impl Kind {
     pub(crate) const ALL: [Self; 7] =
-        [Self::Mesh, Self::Bundle, Self::SelfOf, Self::Filter, Self::Service, Self::Workload, Self::Endpoints];
+        [Self::Mesh, Self::Bundle, Self::SelfOf, Self::Service, Self::Workload, Self::Endpoints, Self::Filter];
 
     pub(crate) fn type_url(self) -> &'static str {
         match self {

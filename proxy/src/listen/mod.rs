@@ -1,5 +1,15 @@
 //! From a listening socket to a connection whose protocol, destination and peer are known.
 
+mod accept;
+mod handoff;
+mod inbound;
+mod original;
+mod outbound;
+mod peek;
+
+pub use accept::{Accepted, Way, bind};
+pub(crate) use accept::{accept, adopt};
+
 use std::net::SocketAddr;
 use std::sync::Arc;
 

@@ -1,0 +1,112 @@
+//! The stream to the control plane: opened, kept, opened again.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use outrigger_proto::control::FetchRequest;
+use outrigger_proto::control::modules_client::ModulesClient;
+use outrigger_proto::discovery::Node;
+use outrigger_proto::discovery::aggregated_discovery_service_client::AggregatedDiscoveryServiceClient;
+use tokio::sync::mpsc;
+use tokio_stream::StreamExt;
+use tokio_stream::wrappers::UnboundedReceiverStream;
+use tonic::transport::Channel;
+
+use super::{Event, Requests};
+use crate::identity::{ControlPlane, IdentityStore};
+
+const BACKOFF: Duration = Duration::from_millis(100);
+const MAX_BACKOFF: Duration = Duration::from_secs(5);
+/// Largest module that is fetched. Bytes.
+const MAX_MODULE: u64 = 64 << 20;
+/// A resource larger than this is a mistake. Bytes.
+const MAX_MESSAGE: usize = 64 << 20;
+
+/// How a remote source is reached.
+#[derive(Debug, Clone)]
+pub struct Remote {
+    /// Gives channels that verify the control plane and show our certificate
+    pub control: Arc<ControlPlane>,
+    /// Waited for: the stream is opened with a certificate only
+    pub identity: Arc<IdentityStore>,
+    /// Name of the workload
+    pub workload: String,
+}
+
+impl Remote {
+    /// Keeps a stream open for ever.
+    pub(super) async fn run(self, events: mpsc::Sender<Event>) {
+        let mut backoff = BACKOFF;
+        loop {
+            self.identity.ready().await;
+            let (why, answered) = stream(self.control.channel(), &self.workload, &events).await;
+            if answered {
+                backoff = BACKOFF;
+            }
+            if events.send(Event::Down(why)).await.is_err() {
+                return;
+            }
+            tokio::time::sleep(backoff.mul_f64(0.5 + fastrand::f64())).await;
+            backoff = (backoff * 2).min(MAX_BACKOFF);
+        }
+    }
+
+    /// The bytes of a module, by digest.
+    pub(super) async fn module(&self, sha256: &str) -> Result<bytes::Bytes, String> {
+        let mut client = ModulesClient::new(self.control.channel());
+        let request = FetchRequest { name: format!("wasm/{sha256}"), offset: 0 };
+        let failed = |status: tonic::Status| format!("module wasm/{sha256} cannot be fetched: {}", status.message());
+        let mut chunks = client.fetch(request).await.map_err(failed)?.into_inner();
+        let mut bytes = Vec::new();
+        while let Some(chunk) = chunks.next().await {
+            let chunk = chunk.map_err(failed)?;
+            bytes.extend_from_slice(&chunk.data);
+            if bytes.len() as u64 > MAX_MODULE || chunk.total > MAX_MODULE {
+                return Err(format!("module wasm/{sha256} has more than {} MiB", MAX_MODULE >> 20));
+            }
+        }
+        Ok(bytes.into())
+    }
+}
+
+/// One stream to its end: why it ended, and whether anything came over it.
+pub(super) async fn stream(channel: Channel, workload: &str, events: &mpsc::Sender<Event>) -> (String, bool) {
+    let (requests, queue) = mpsc::unbounded_channel();
+    let node = Node { id: workload.to_owned(), cluster: String::new() };
+    // First, since a server may answer the call only after it has read a request.
+    if events.send(Event::Opening(Requests { queue: requests, node: Some(node) })).await.is_err() {
+        return ("the proxy ends".to_owned(), false);
+    }
+    let mut client = AggregatedDiscoveryServiceClient::new(channel).max_decoding_message_size(MAX_MESSAGE);
+    let mut responses = match client.delta_aggregated_resources(UnboundedReceiverStream::new(queue)).await {
+        Ok(response) => response.into_inner(),
+        Err(status) => return (reason(&status), false),
+    };
+    if events.send(Event::Up).await.is_err() {
+        return ("the proxy ends".to_owned(), false);
+    }
+    let mut answered = false;
+    loop {
+        match responses.message().await {
+            Ok(Some(response)) => {
+                answered = true;
+                if events.send(Event::Response(response)).await.is_err() {
+                    return ("the proxy ends".to_owned(), answered);
+                }
+            }
+            Ok(None) => return ("the control plane ended the stream".to_owned(), answered),
+            Err(status) => return (reason(&status), answered),
+        }
+    }
+}
+
+/// tonic's message is "transport error"; what happened is at the end of the chain of sources.
+fn reason(status: &tonic::Status) -> String {
+    let mut text = status.message().to_owned();
+    let mut source = std::error::Error::source(status);
+    while let Some(error) = source {
+        text = error.to_string();
+        source = error.source();
+    }
+    text
+}

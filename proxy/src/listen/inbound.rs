@@ -1,0 +1,191 @@
+//! What others send to the application.
+
+use std::io;
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use outrigger_core::detect::{Detected, Hello, sni};
+use outrigger_core::link::{MtlsMode, Protocol};
+use tokio::net::TcpStream;
+
+use super::peek::{Seen, look};
+use super::{Inbound, Version, handoff, original};
+use crate::flags::{App, Intercept, Settings};
+use crate::io::Io;
+use crate::tls;
+use crate::worker::Worker;
+
+/// A client silent for this long is opaque, and judged as TCP.
+const SILENCE: Duration = Duration::from_millis(250);
+/// How long a connection may stay open before its first request, where HTTP is declared.
+const IDLE: Duration = Duration::from_secs(300);
+const HANDSHAKE: Duration = Duration::from_secs(10);
+/// What runs when a peer stops being trusted may still end for this long.
+const GRACE: Duration = Duration::from_secs(10);
+
+/// Why a connection is closed without a byte.
+#[derive(Debug, thiserror::Error)]
+enum Refusal {
+    #[error("port {0} is not declared with --app")]
+    Undeclared(u16),
+    #[error("without a mesh server name, more than one --app could be meant")]
+    Ambiguous,
+    #[error("the server name is for port {0}, the connection for port {1}")]
+    Mismatch(u16, u16),
+    #[error("what this workload enforces is not known yet")]
+    NotConfigured,
+    #[error("plaintext on a Strict port")]
+    Plaintext,
+    #[error("the destination is this proxy itself")]
+    Own,
+    #[error(transparent)]
+    Tls(#[from] tls::TlsError),
+    #[error(transparent)]
+    Io(#[from] io::Error),
+}
+
+/// Serves one connection of a caller.
+pub(super) async fn serve(worker: Rc<Worker>, stream: TcpStream) -> io::Result<()> {
+    let client = original::plain(stream.peer_addr()?);
+    if let Err(refusal) = accept(worker, stream, client).await {
+        tracing::warn!(%client, reason = %refusal, "inbound connection refused");
+    }
+    Ok(())
+}
+
+async fn accept(worker: Rc<Worker>, stream: TcpStream, client: SocketAddr) -> Result<(), Refusal> {
+    let meant = meant(&worker, &stream)?;
+    let silence = match meant.as_ref().and_then(|app| port(&worker, app)) {
+        Some((Protocol::Http1 | Protocol::Http2, _)) => IDLE,
+        _ => SILENCE,
+    };
+    match look(&stream, silence).await? {
+        Seen::Closed => Ok(()),
+        Seen::Speaks(Detected::Tls(hello)) => encrypted(worker, stream, client, meant, &hello).await,
+        Seen::Speaks(detected) => plaintext(worker, stream, client, meant, Some(detected)).await,
+        Seen::Silent => plaintext(worker, stream, client, meant, None).await,
+    }
+}
+
+/// The application's port that the original destination means; `None` without interception.
+fn meant(worker: &Worker, stream: &TcpStream) -> Result<Option<App>, Refusal> {
+    let settings = &worker.proxy.settings;
+    if settings.intercept == Intercept::None {
+        return Ok(None);
+    }
+    let local = original::plain(stream.local_addr()?);
+    // Not redirected: a peer that dialled the inbound port itself, as one without interception is told to.
+    let Ok(destination) = original::destination(stream, local) else { return Ok(None) };
+    if destination.port() == local.port() {
+        return Ok(None);
+    }
+    if settings.own_ports().contains(&destination.port()) {
+        return Err(Refusal::Own);
+    }
+    declared(settings, destination.port()).map(Some)
+}
+
+fn declared(settings: &Settings, port: u16) -> Result<App, Refusal> {
+    settings.app(port).cloned().ok_or(Refusal::Undeclared(port))
+}
+
+/// The only application there is.
+fn only(settings: &Settings) -> Result<App, Refusal> {
+    match settings.apps.as_slice() {
+        [app] => Ok(app.clone()),
+        _ => Err(Refusal::Ambiguous),
+    }
+}
+
+/// Protocol and mTLS mode of the application's port. The command line's protocol is what was registered.
+fn port(worker: &Worker, app: &App) -> Option<(Protocol, MtlsMode)> {
+    let snapshot = worker.snapshot();
+    let port = snapshot.inbound.as_ref()?.port(app.address.port())?;
+    let protocol = if port.protocol == Protocol::Detect { app.protocol } else { port.protocol };
+    Some((protocol, port.mtls))
+}
+
+async fn encrypted(
+    worker: Rc<Worker>,
+    stream: TcpStream,
+    client: SocketAddr,
+    meant: Option<App>,
+    hello: &Hello,
+) -> Result<(), Refusal> {
+    let settings = &worker.proxy.settings;
+    let app = match (hello.sni.as_deref().and_then(sni::parse), meant) {
+        (Some(named), Some(meant)) if named.port != meant.address.port() => {
+            return Err(Refusal::Mismatch(named.port, meant.address.port()));
+        }
+        (_, Some(meant)) => meant,
+        (Some(named), None) => declared(settings, named.port)?,
+        (None, None) => only(settings)?,
+    };
+    let (protocol, mode) = port(&worker, &app).ok_or(Refusal::NotConfigured)?;
+    if mode != MtlsMode::Strict && !hello.is_mesh() {
+        // The application's own TLS.
+        let info = Inbound { client, app, peer: None };
+        handoff::tcp_inbound(Io::from(stream), info, worker).await;
+        return Ok(());
+    }
+    let identity = worker.proxy.identity.required()?;
+    let (stream, peer) = tls::accept(stream, &identity, HANDSHAKE).await?;
+    let version = match stream.get_ref().1.alpn_protocol() {
+        Some(tls::ALPN_H2) => Some(Version::Http2),
+        Some(tls::ALPN_HTTP1) => Some(Version::Http1),
+        Some(_) => None,
+        None => match protocol {
+            Protocol::Http1 => Some(Version::Http1),
+            Protocol::Http2 => Some(Version::Http2),
+            Protocol::Detect | Protocol::Tcp => None,
+        },
+    };
+    let info = Inbound { client, app, peer: Some(Arc::new(peer.identity.clone())) };
+    let proxy = worker.proxy.clone();
+    let serving = Box::pin(async move {
+        match version {
+            Some(version) => handoff::http_inbound(Io::from(stream), info, version, worker).await,
+            None => handoff::tcp_inbound(Io::from(stream), info, worker).await,
+        }
+    });
+    let untrusted = async {
+        let why = peer.ended(&proxy.identity).await;
+        tokio::time::sleep(GRACE).await;
+        tracing::info!(%client, peer = %peer.identity, ?why, "connection closed: the peer is no longer trusted");
+    };
+    tokio::select! {
+        () = serving => {}
+        () = untrusted => {}
+    }
+    Ok(())
+}
+
+async fn plaintext(
+    worker: Rc<Worker>,
+    stream: TcpStream,
+    client: SocketAddr,
+    meant: Option<App>,
+    detected: Option<Detected>,
+) -> Result<(), Refusal> {
+    let app = match meant {
+        Some(app) => app,
+        None => only(&worker.proxy.settings)?,
+    };
+    let (protocol, mode) = port(&worker, &app).ok_or(Refusal::NotConfigured)?;
+    let version = match (protocol, detected) {
+        (Protocol::Http1, _) => Some(Version::Http1),
+        (Protocol::Http2, _) | (Protocol::Detect, Some(Detected::Http2)) => Some(Version::Http2),
+        (Protocol::Detect, Some(Detected::Http1)) => Some(Version::Http1),
+        (Protocol::Tcp | Protocol::Detect, _) => None,
+    };
+    let info = Inbound { client, app, peer: None };
+    match version {
+        // On a Strict port HTTP is answered with a reason, request by request.
+        Some(version) => handoff::http_inbound(Io::from(stream), info, version, worker).await,
+        None if mode == MtlsMode::Strict => return Err(Refusal::Plaintext),
+        None => handoff::tcp_inbound(Io::from(stream), info, worker).await,
+    }
+    Ok(())
+}

@@ -1,0 +1,88 @@
+//! What the application sends.
+
+use std::io;
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::time::Duration;
+
+use outrigger_core::detect::Detected;
+use outrigger_core::key::Key;
+use outrigger_core::link::Protocol;
+use tokio::net::TcpStream;
+
+use super::peek::{Seen, look};
+use super::{Outbound, Version, handoff, original};
+use crate::flags::Intercept;
+use crate::io::Io;
+use crate::snapshot::Target;
+use crate::worker::Worker;
+
+/// A client silent for this long waits for the server to speak first.
+const SILENCE: Duration = Duration::from_millis(250);
+/// How long a connection may stay open before its first request, where only HTTP can come.
+const IDLE: Duration = Duration::from_secs(300);
+
+/// Serves one connection of the application.
+pub(super) async fn serve(worker: Rc<Worker>, stream: TcpStream) -> io::Result<()> {
+    let client = original::plain(stream.peer_addr()?);
+    let local = original::plain(stream.local_addr()?);
+    if worker.proxy.settings.intercept == Intercept::None {
+        return explicit(worker, stream, client).await;
+    }
+    let destination = original::destination(&stream, local)?;
+    if destination == local || is_own(&worker, destination, local) {
+        tracing::warn!(%client, %destination, "refused: the destination is this proxy itself");
+        return Ok(());
+    }
+    let info = Outbound { client, destination: Some(destination) };
+    let version = match declared(&worker, destination).await {
+        Protocol::Http1 => Some(Version::Http1),
+        Protocol::Http2 => Some(Version::Http2),
+        Protocol::Tcp => None,
+        Protocol::Detect => match look(&stream, SILENCE).await? {
+            Seen::Closed => return Ok(()),
+            Seen::Speaks(Detected::Http1) => Some(Version::Http1),
+            Seen::Speaks(Detected::Http2) => Some(Version::Http2),
+            Seen::Speaks(Detected::Tls(_) | Detected::Opaque) | Seen::Silent => None,
+        },
+    };
+    match version {
+        Some(version) => handoff::http_outbound(Io::from(stream), info, version, worker).await,
+        None => handoff::tcp_outbound(Io::from(stream), info, worker).await,
+    }
+    Ok(())
+}
+
+/// Without interception only HTTP says where it goes.
+async fn explicit(worker: Rc<Worker>, stream: TcpStream, client: SocketAddr) -> io::Result<()> {
+    let version = match look(&stream, IDLE).await? {
+        Seen::Closed | Seen::Silent => return Ok(()),
+        Seen::Speaks(Detected::Http2) => Version::Http2,
+        // Broken HTTP included: it is answered with a reason.
+        Seen::Speaks(Detected::Http1 | Detected::Opaque) => Version::Http1,
+        Seen::Speaks(Detected::Tls(_)) => {
+            tracing::warn!(%client, "refused: TLS on the outbound port; send plaintext HTTP, the sidecar encrypts it");
+            return Ok(());
+        }
+    };
+    handoff::http_outbound(Io::from(stream), Outbound { client, destination: None }, version, worker).await;
+    Ok(())
+}
+
+/// The protocol that discovery declares for a destination. Nothing known: detect, and the data path says why it refuses.
+async fn declared(worker: &Worker, destination: SocketAddr) -> Protocol {
+    match worker.find(&Key::Ip(destination)).await {
+        Ok((_, Target::Service(service))) => service
+            .ports
+            .iter()
+            .find(|port| port.number == destination.port())
+            .map_or(Protocol::Detect, |port| port.protocol),
+        Ok((_, Target::Workload(workload))) => workload.protocol,
+        Ok((_, Target::Absent)) | Err(_) => Protocol::Detect,
+    }
+}
+
+fn is_own(worker: &Worker, destination: SocketAddr, local: SocketAddr) -> bool {
+    let own = worker.proxy.settings.own_ports().contains(&destination.port());
+    own && (destination.ip() == local.ip() || destination.ip().is_loopback())
+}
