@@ -3,8 +3,12 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
+use std::time::Duration;
 
 use tokio::sync::watch;
+use tokio::time::Instant;
+
+use crate::state::Proxy;
 
 /// How far the shutdown is. Later phases include earlier ones.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -127,6 +131,35 @@ impl DrainWatch {
     pub async fn cut(&self) {
         self.reached(Phase::Cut).await;
     }
+}
+
+/// How often the count of open connections is looked at while draining.
+const LOOK: Duration = Duration::from_millis(50);
+
+/// Shuts down in order. Returns when nothing is open, or when the maximum time is over and the rest is cut. `withdraw`
+/// ends when the control plane has confirmed, or after its own time.
+pub async fn run(proxy: &Proxy, withdraw: impl Future<Output = ()>) {
+    let started = Instant::now();
+    let end = started + proxy.settings.drain_max;
+    proxy.drain.advance(Phase::NotReady);
+    tracing::info!(max = ?proxy.settings.drain_max, "draining: not ready any more");
+    let told = async {
+        tokio::join!(withdraw, tokio::time::sleep(proxy.settings.drain_min));
+    };
+    // The maximum time holds whatever the control plane does.
+    if tokio::time::timeout_at(end, told).await.is_ok() {
+        proxy.drain.advance(Phase::Closing);
+        proxy.drain.advance(Phase::Stopped);
+        while Instant::now() < end && proxy.open() != (0, 0) {
+            tokio::time::sleep(LOOK).await;
+        }
+    }
+    let (inbound, outbound) = proxy.open();
+    if (inbound, outbound) != (0, 0) {
+        tracing::warn!(inbound, outbound, "the maximum time of draining is over: what is open is cut");
+    }
+    proxy.drain.advance(Phase::Cut);
+    tracing::info!(took = ?started.elapsed(), "drained");
 }
 
 #[cfg(test)]
