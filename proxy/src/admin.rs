@@ -130,14 +130,15 @@ impl Admin {
             })
             .collect();
         targets.sort_by_key(|target| target["key"].as_str().map(str::to_owned));
-        let inbound = snapshot.inbound.as_ref().map(|inbound| {
-            inbound.ports.iter().map(|port| {
+        let inbound =
+            snapshot.inbound.as_ref().map(|inbound| {
+                inbound.ports.iter().map(|port| {
                 json!({
                     "name": port.name.to_string(), "port": port.port, "protocol": format!("{:?}", port.protocol),
                     "mtls": format!("{:?}", port.mtls), "filters": port.filters.to_vec(),
                 })
             }).collect::<Vec<_>>()
-        });
+            });
         json!({
             "snapshot": snapshot.number,
             "connected": self.proxy.directory.connected(),
@@ -157,8 +158,14 @@ impl Admin {
         let seconds = |at: std::time::SystemTime| {
             at.duration_since(std::time::SystemTime::UNIX_EPOCH).map(|since| since.as_secs()).unwrap_or_default()
         };
-        let roots: Vec<String> =
-            self.proxy.identity.bundle().roots().iter().map(|root| hex::encode(chain::Fingerprint::of(root).0)).collect();
+        let roots: Vec<String> = self
+            .proxy
+            .identity
+            .bundle()
+            .roots()
+            .iter()
+            .map(|root| hex::encode(chain::Fingerprint::of(root).0))
+            .collect();
         json!({
             "identity": identity.as_ref().map(|own| own.spiffe().to_string()),
             "valid": self.proxy.identity.current().is_some(),
@@ -242,8 +249,7 @@ fn trusted(headers: &HeaderMap, listener: SocketAddr) -> bool {
         })
     };
     let value = |name| headers.get(name).map(|value| value.to_str().unwrap_or_default());
-    value(HOST).is_some_and(own)
-        && value(ORIGIN).is_none_or(|origin| origin.strip_prefix("http://").is_some_and(own))
+    value(HOST).is_some_and(own) && value(ORIGIN).is_none_or(|origin| origin.strip_prefix("http://").is_some_and(own))
 }
 
 fn text(status: StatusCode, body: &str) -> Response<Full<Bytes>> {
@@ -273,7 +279,9 @@ mod tests {
             let headers = pairs.iter().map(|(name, value)| (name.clone(), http::HeaderValue::from_static(value)));
             trusted(&headers.collect(), listener)
         };
-        assert!(check(&[(HOST, "127.0.0.1:15000")]) && check(&[(HOST, "localhost:15000")]) && check(&[(HOST, "[::1]:1")]));
+        assert!(
+            check(&[(HOST, "127.0.0.1:15000")]) && check(&[(HOST, "localhost:15000")]) && check(&[(HOST, "[::1]:1")])
+        );
         assert!(check(&[(HOST, "localhost"), (ORIGIN, "http://localhost:15000")]));
         assert!(!check(&[]) && !check(&[(HOST, "evil.example")]));
         assert!(!check(&[(HOST, "localhost:15000"), (ORIGIN, "https://evil.example")]));

@@ -1,5 +1,6 @@
 //! Outrigger's sidecar proxy. `docs/architecture.md` names each module and its owner.
 
+pub mod admin;
 pub mod discovery;
 pub mod drain;
 pub mod filter;
@@ -10,6 +11,8 @@ pub mod io;
 pub mod listen;
 pub mod log;
 pub mod metrics;
+pub mod register;
+pub mod run;
 pub mod snapshot;
 pub mod state;
 pub mod tcp;

@@ -72,10 +72,8 @@ impl Register {
     /// Withdraws, and waits until nobody is sent here any more, or for 2 s.
     pub async fn withdraw(&self) {
         let mut client = RegistryClient::new(self.control.channel());
-        let request = WithdrawRequest {
-            namespace: self.settings.namespace.clone(),
-            workload: self.settings.name.clone(),
-        };
+        let request =
+            WithdrawRequest { namespace: self.settings.namespace.clone(), workload: self.settings.name.clone() };
         match tokio::time::timeout(WITHDRAW, client.withdraw(request)).await {
             Ok(Ok(response)) if response.get_ref().confirmed => tracing::info!("withdrawn: every caller knows"),
             Ok(Ok(_)) => tracing::warn!("withdrawn, but not every caller has acknowledged it"),

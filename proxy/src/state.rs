@@ -3,10 +3,11 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::time::Instant;
 
 use crate::discovery::Directory;
 use crate::drain::Drain;
-use crate::flags::Settings;
+use crate::flags::{Settings, Source};
 use crate::identity::IdentityStore;
 use crate::log::AccessLog;
 use crate::metrics::Metrics;
@@ -67,6 +68,33 @@ impl WorkerLoad {
 }
 
 impl Proxy {
+    /// Whether the proxy is meant to have a certificate.
+    pub fn wants_identity(&self) -> bool {
+        !matches!(self.settings.source, Source::Directory { identity: None, .. })
+    }
+
+    /// `/clusters`: what is known of every cluster, beyond its configuration.
+    pub fn clusters_report(&self) -> serde_json::Value {
+        let now = Instant::now();
+        let clusters = self.clusters.all();
+        let rows = clusters.iter().map(|cluster| {
+            let endpoints = cluster.endpoints();
+            let endpoints = endpoints.endpoints().iter().map(|endpoint| {
+                serde_json::json!({
+                    "id": endpoint.info.id.to_string(),
+                    "address": endpoint.info.address.to_string(),
+                    "identity": endpoint.info.identity.as_ref().map(ToString::to_string),
+                    "version": endpoint.info.version.to_string(),
+                    "inFlight": endpoint.in_flight(),
+                    "latencyUs": endpoint.latency(now),
+                    "state": format!("{:?}", endpoint.state(now)),
+                })
+            });
+            serde_json::json!({"key": cluster.key.to_string(), "endpoints": endpoints.collect::<Vec<_>>()})
+        });
+        serde_json::Value::Array(rows.collect())
+    }
+
     /// Open connections of clients: inbound, outbound.
     pub fn open(&self) -> (usize, usize) {
         let sum =

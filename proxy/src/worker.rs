@@ -161,7 +161,8 @@ async fn run(
                     return;
                 }
                 // Pinned by nobody on this thread from here on, so that what a swap replaced is freed.
-                drop(worker.snapshot());
+                let snapshot = worker.snapshot();
+                snapshot.filters.values().filter_map(|slot| slot.plugin.as_ref()).for_each(crate::filter::warm);
                 crate::filter::release_unused();
             }
         }

@@ -19,6 +19,7 @@ use super::remote::Remote;
 use super::{Directory, persist};
 use crate::filter::{Plugin, Plugins};
 use crate::identity::IdentityStore;
+use crate::upstream::Clusters;
 
 const SWEEP: Duration = Duration::from_secs(60);
 /// Changes within this time are persisted together.
@@ -60,6 +61,16 @@ pub trait Sink: Send + Sync + std::fmt::Debug {
     fn set(&self, backend: &Arc<str>, shard: u32, endpoints: Vec<EndpointInfo>);
     /// Forgets every other backend.
     fn retain(&self, backends: &HashSet<Arc<str>>);
+}
+
+impl Sink for Clusters {
+    fn set(&self, backend: &Arc<str>, shard: u32, endpoints: Vec<EndpointInfo>) {
+        self.set_endpoints(backend, shard, endpoints);
+    }
+
+    fn retain(&self, backends: &HashSet<Arc<str>>) {
+        Clusters::retain(self, |key| backends.contains(key));
+    }
 }
 
 /// What discovery works with.
