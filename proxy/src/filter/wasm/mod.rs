@@ -16,6 +16,8 @@ mod mapped;
 mod properties;
 mod restart;
 mod stream;
+#[cfg(test)]
+mod tests;
 mod ticker;
 mod wasi;
 

@@ -1,0 +1,7 @@
+//! The host against small guests written by hand. Numbers in names are the conformance cases of the contract.
+
+mod guest;
+mod headers;
+mod limits;
+mod loading;
+mod swap;

@@ -1,0 +1,201 @@
+//! Filters that misbehave hurt requests inside them only.
+
+use std::time::{Duration, Instant};
+
+use super::super::super::{Health, Outcome};
+use super::guest::{Bench, chain, exchange, head, import, on_headers, passed, reason, reply, wat};
+
+const LOOP: &str = "(loop $l (br $l))";
+
+/// Counts requests in a global and traps in the one with `x-foo: trap` (four bytes).
+fn trapping() -> String {
+    let body = format!(
+        r#"(data (i32.const 1024) "x-foo")
+        (global $n (mut i32) (i32.const 0))
+        {}"#,
+        on_headers(
+            "request",
+            "(global.set $n (i32.add (global.get $n) (i32.const 1)))
+             (call $ok (call $get_header_map_value (i32.const 0) (i32.const 1024) (i32.const 5) (i32.const 0) (i32.const 4)))
+             (if (i32.eq (i32.load (i32.const 4)) (i32.const 4)) (then unreachable))
+             ;; the first request of an instance passes, any later one is answered by a trap too
+             (call $is (global.get $n) (i32.const 1))",
+            0
+        )
+    );
+    wat(&import(&[("get_header_map_value", 5)]), &body)
+}
+
+fn trapped() -> http::request::Parts {
+    let mut head = head();
+    head.headers.insert("x-foo", http::HeaderValue::from_static("trap"));
+    head
+}
+
+#[test]
+fn c61_a_trap_ends_the_instance_and_the_next_request_has_a_fresh_one() {
+    let bench = Bench::new();
+    let plugin = bench.plugin(&trapping());
+    let plugins = [plugin];
+    let failed = chain(&plugins).request_headers(&mut trapped(), true);
+    assert!(reason(failed).contains("unreachable"));
+    // Fresh: its counter begins again.
+    assert!(passed(&chain(&plugins).request_headers(&mut head(), true)));
+    let row = &bench.plugins.status()[0];
+    assert_eq!((row.failures, row.health), (1, Health::Running));
+    assert!(row.last_error.as_deref().is_some_and(|error| error.contains("unreachable")));
+}
+
+#[test]
+fn fail_open_goes_on_without_the_filter_only_if_nothing_was_changed() {
+    let bench = Bench::new();
+    let open = |spec: &mut outrigger_proto::mesh::Filter| spec.fail_open = true;
+    let plugins = [bench.with(&wat("", &on_headers("request", "unreachable", 0)), open)];
+    assert!(passed(&exchange(&plugins).0));
+    let change = r#"(call $ok (call $add_header_map_value (i32.const 0) (i32.const 1024) (i32.const 1) (i32.const 1024) (i32.const 1))) unreachable"#;
+    let body = format!("(data (i32.const 1024) \"x\") {}", on_headers("request", change, 0));
+    let plugins = [bench.with(&wat(&import(&[("add_header_map_value", 5)]), &body), open)];
+    assert!(matches!(exchange(&plugins).0, Outcome::Failed { .. }));
+}
+
+#[test]
+fn other_streams_of_a_dead_instance_go_by_the_policy() {
+    for fail_open in [false, true] {
+        let bench = Bench::new();
+        let plugins = [bench.with(&trapping(), |spec| spec.fail_open = fail_open)];
+        let mut bystander = chain(&plugins);
+        assert!(passed(&bystander.request_headers(&mut head(), true)));
+        let _ = chain(&plugins).request_headers(&mut trapped(), true);
+        assert_eq!(passed(&bystander.response_headers(&mut reply(), true)), fail_open);
+    }
+}
+
+#[test]
+fn c62_every_kind_of_fault_is_a_trap() {
+    let exit = r#"(import "wasi_snapshot_preview1" "proc_exit" (func $exit (param i32)))"#;
+    for (body, expected) in [
+        ("(call $recurse)", "stack"),
+        ("(drop (i32.load (i32.const -4)))", "out of bounds"),
+        ("unreachable", "unreachable"),
+        ("(drop (i32.div_s (local.get $count) (i32.const 0)))", "divide by zero"),
+        ("(call $exit (i32.const 3))", "proc_exit(3)"),
+    ] {
+        let bench = Bench::new();
+        let body =
+            format!("(func $recurse (call $recurse) (call $ok (i32.const 0))) {}", on_headers("request", body, 0));
+        let reason = reason(exchange(&[bench.plugin(&wat(exit, &body))]).0);
+        assert!(reason.contains(expected), "{reason}");
+    }
+}
+
+#[test]
+fn c63_an_endless_loop_is_stopped() {
+    let bench = Bench::new();
+    let plugins = [bench.with(&wat("", &on_headers("response", LOOP, 0)), |spec| spec.call_time_ms = 5)];
+    let reason = reason(exchange(&plugins).0);
+    assert!(reason.contains("limits.callTime"), "{reason}");
+    assert_eq!(bench.plugins.status()[0].timeouts, 1);
+}
+
+#[test]
+fn c64_an_endless_start_or_allocator_is_stopped() {
+    let bench = Bench::new();
+    let start = wat("", &format!(r#"(func (export "_initialize") {LOOP})"#));
+    let message = bench.try_with(&start, |spec| spec.call_time_ms = 5).unwrap_err().to_string();
+    assert!(message.contains("limits.callTime"), "{message}");
+    let guest = format!(
+        r#"(module {} (memory (export "memory") 1) (func (export "proxy_abi_version_0_2_1"))
+        (func (export "malloc") (param i32) (result i32) {LOOP} (i32.const 0)) {})"#,
+        import(&[("get_header_map_pairs", 3)]),
+        on_headers("request", "(drop (call $get_header_map_pairs (i32.const 0) (i32.const 0) (i32.const 4)))", 0)
+    );
+    let plugins = [bench.with(&guest, |spec| spec.call_time_ms = 5)];
+    assert!(reason(exchange(&plugins).0).contains("limits.callTime"));
+}
+
+#[test]
+fn c65_a_crash_loop_backs_off() {
+    let bench = Bench::new();
+    let plugins = [bench.with(&wat("", &on_headers("request", "unreachable", 0)), |spec| spec.backoff_ms = 3_600_000)];
+    let reasons: Vec<String> = (0..5).map(|_| reason(exchange(&plugins).0)).collect();
+    assert!(reasons[2].contains("unreachable"));
+    assert!(reasons[3].contains("starts again in") && reasons[4].contains("starts again in"), "{reasons:?}");
+    let row = &bench.plugins.status()[0];
+    assert_eq!((row.failures, row.health), (3, Health::Quarantined));
+}
+
+#[test]
+fn the_allocator_cannot_reenter_the_stream() {
+    let bench = Bench::new();
+    let guest = format!(
+        r#"(module {} (memory (export "memory") 1) (func (export "proxy_abi_version_0_2_1"))
+        (func $get (result i32) (call $get_header_map_pairs (i32.const 0) (i32.const 0) (i32.const 4)))
+        (func (export "malloc") (param i32) (result i32) (call $get)) {})"#,
+        import(&[("get_header_map_pairs", 3)]),
+        on_headers("request", "(drop (call $get))", 0)
+    );
+    let reason = reason(exchange(&[bench.plugin(&guest)]).0);
+    assert!(reason.contains("from the allocator"), "{reason}");
+}
+
+#[test]
+fn a_trap_in_on_log_disturbs_no_response() {
+    let bench = Bench::new();
+    let body = r#"(func (export "proxy_on_log") (param i32) unreachable)"#;
+    let plugins = [bench.plugin(&wat("", body))];
+    assert!(passed(&exchange(&plugins).0));
+    assert_eq!(bench.plugins.status()[0].failures, 1);
+}
+
+#[test]
+fn c82_wasi_gives_nothing_away() {
+    let bench = Bench::new();
+    let wasi = |name: &str, params: &str| {
+        format!(r#"(import "wasi_snapshot_preview1" "{name}" (func ${name} (param {params}) (result i32)))"#)
+    };
+    let imports = [
+        wasi("fd_write", "i32 i32 i32 i32"),
+        wasi("path_open", "i32 i32 i32 i32 i32 i64 i64 i32 i32"),
+        wasi("sock_send", "i32 i32 i32 i32 i32"),
+        wasi("environ_sizes_get", "i32 i32"),
+        wasi("random_get", "i32 i32"),
+        wasi("poll_oneoff", "i32 i32 i32 i32"),
+    ]
+    .concat();
+    let zero = "(i32.const 0) ";
+    let body = format!(
+        "(call $is (call $fd_write (i32.const 3) {zero} {zero} {zero}) (i32.const 8))
+         (call $ok (call $fd_write (i32.const 1) {zero} {zero} {zero}))
+         (call $is (call $path_open {zero}{zero}{zero}{zero}{zero} (i64.const 0) (i64.const 0) {zero}{zero}) (i32.const 44))
+         (call $is (call $sock_send {zero}{zero}{zero}{zero}{zero}) (i32.const 58))
+         (call $ok (call $environ_sizes_get (i32.const 0) (i32.const 4)))
+         (call $is (i32.load (i32.const 0)) (i32.const 1))
+         (call $is (i32.load (i32.const 4)) (i32.const 10))
+         (call $ok (call $random_get (i32.const 0) (i32.const 65536)))
+         (call $is (call $random_get (i32.const 0) (i32.const 65537)) (i32.const 28))
+         (call $is (call $random_get (i32.const -8) (i32.const 64)) (i32.const 21))
+         (call $ok (call $poll_oneoff {zero}{zero}{zero}{zero}))"
+    );
+    let guest = wat(&imports, &on_headers("request", &body, 0));
+    let plugins = [bench.with(&guest, |spec| drop(spec.environment.insert("REGION".into(), "eu".into())))];
+    let outcome = exchange(&plugins).0;
+    assert!(passed(&outcome), "{outcome:?}");
+}
+
+#[test]
+fn c63_other_threads_are_not_stopped_by_a_loop_elsewhere() {
+    let bench = Bench::new();
+    let looping = bench.with(&wat("", &on_headers("request", LOOP, 0)), |spec| spec.call_time_ms = 100);
+    let fine = bench.with(&wat("", &on_headers("request", "", 0)), |spec| {
+        spec.name = "fine".into();
+        spec.call_time_ms = 1000;
+    });
+    std::thread::scope(|scope| {
+        let stuck = scope.spawn(|| matches!(exchange(&[looping]).0, Outcome::Failed { .. }));
+        let began = Instant::now();
+        while !stuck.is_finished() && began.elapsed() < Duration::from_secs(60) {
+            assert!(passed(&exchange(&[std::sync::Arc::clone(&fine)]).0));
+        }
+        assert!(stuck.join().unwrap());
+    });
+}
