@@ -11,8 +11,11 @@ use http::{request, response};
 use super::super::{Action, Filter, Plugin, Stream};
 use super::instance::{Failure, Instance, Verdict};
 
+/// Instances by plugin. The plugin is not kept alive by them: who uses it is what says whether they are still wanted.
+type Instances = HashMap<u64, (Weak<Plugin>, Rc<Instance>)>;
+
 thread_local! {
-    static INSTANCES: RefCell<HashMap<u64, (Weak<Plugin>, Rc<Instance>)>> = RefCell::new(HashMap::new());
+    static INSTANCES: RefCell<Instances> = RefCell::new(HashMap::new());
 }
 
 /// This worker's instance of a plugin, started if there is none; or why there is none.
