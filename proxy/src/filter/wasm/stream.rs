@@ -33,6 +33,8 @@ fn acquire(plugin: &Arc<Plugin>) -> Result<Rc<Instance>, String> {
     INSTANCES.with_borrow_mut(|all| {
         all.insert(plugin.id(), (Arc::downgrade(plugin), Rc::clone(&instance)));
     });
+    // A new version most likely replaces an old one.
+    release_unused();
     Ok(instance)
 }
 
