@@ -16,6 +16,8 @@ pub mod run;
 pub mod snapshot;
 pub mod state;
 pub mod tcp;
+#[cfg(test)]
+mod testing;
 pub mod tls;
 pub mod upstream;
 pub mod worker;

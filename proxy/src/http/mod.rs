@@ -10,6 +10,8 @@ mod request;
 mod respond;
 mod response;
 mod serve;
+#[cfg(test)]
+mod tests;
 mod upgrade;
 
 pub use body::{ReplayBuffer, RequestBody, ResponseBody};
