@@ -17,6 +17,8 @@ pub mod snapshot;
 pub mod state;
 pub mod tcp;
 #[cfg(test)]
+mod tcp_tests;
+#[cfg(test)]
 mod testing;
 pub mod tls;
 pub mod upstream;

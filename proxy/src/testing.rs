@@ -261,9 +261,9 @@ pub(crate) fn backend(name: &str) -> wire::Backend {
             connect_timeout_ms: 5_000,
             budget: Some(wire::Budget { percent: 20, min_per_second: 100 }),
             breaker: Some(wire::Breaker {
-                max_connections: 100,
-                max_pending_requests: 100,
-                max_requests: 100,
+                max_connections: 1000,
+                max_pending_requests: 1000,
+                max_requests: 1000,
                 max_retries: 100,
             }),
             ..wire::ClusterPolicy::default()

@@ -249,7 +249,7 @@ enum Next {
 impl Run {
     fn new(x: &Exchange, call: Call, mut out: Outgoing) -> Result<Self, Failure> {
         let request = Some(call.cluster.breaker.request(&call.backend.policy.limits)?);
-        call.cluster.budget.deposit(&call.backend.policy.budget);
+        call.cluster.budget(&call.backend.policy.budget).deposit(&call.backend.policy.budget);
         let policy = &call.rule.policy;
         let deadline = policy.request_timeout.map(|timeout| x.start + timeout);
         let idempotent = retry::idempotent(&out.head.method, &out.head.headers);
@@ -326,7 +326,7 @@ impl Run {
     fn again(&mut self, failure: retry::Failure, now: Instant) -> Option<(Duration, Permit)> {
         let (call, policy) = (&self.call, &self.call.backend.policy);
         let replayable = self.out.body.replayable();
-        let budget = (&call.cluster.budget, &policy.budget);
+        let budget = (call.cluster.budget(&policy.budget), &policy.budget);
         let rng = &mut self.worker.rng.borrow_mut();
         match self.plan.next(&call.rule.policy.retries, failure, replayable, budget, now, rng) {
             Decision::Retry(wait) => call.cluster.breaker.retry(&policy.limits).map(|permit| (wait, permit)),

@@ -446,3 +446,5 @@ fn an_instance_hit_by_its_address_gets_mtls() {
         assert!(get(outbound, "anything", "/").await.ends_with("direct"));
     });
 }
+
+mod h2;

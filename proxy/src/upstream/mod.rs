@@ -8,12 +8,13 @@ pub(crate) use connect::{LocalExecutor, open};
 pub use pool::{Lease, Pools, SendError};
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Instant;
 
 use arc_swap::ArcSwap;
 use outrigger_core::balance::{EndpointInfo, EndpointSet};
 use outrigger_core::breaker::Breaker;
+use outrigger_core::link::Budget;
 use outrigger_core::outlier::Outlier;
 use outrigger_core::retry::RetryBudget;
 
@@ -34,8 +35,8 @@ pub struct Cluster {
     pub breaker: Arc<Breaker>,
     /// Who is ejected
     pub outlier: Outlier,
-    /// What retries are paid from
-    pub budget: RetryBudget,
+    /// Made at the first request: a budget starts full, and how much that is the policy says.
+    budget: OnceLock<RetryBudget>,
     set: ArcSwap<EndpointSet>,
     shards: Mutex<BTreeMap<u32, Vec<EndpointInfo>>>,
 }
@@ -94,10 +95,15 @@ impl Cluster {
             key,
             breaker: Arc::default(),
             outlier: Outlier::default(),
-            budget: RetryBudget::default(),
+            budget: OnceLock::new(),
             set: ArcSwap::default(),
             shards: Mutex::default(),
         }
+    }
+
+    /// What retries are paid from.
+    pub fn budget(&self, policy: &Budget) -> &RetryBudget {
+        self.budget.get_or_init(|| RetryBudget::new(policy, Instant::now()))
     }
 
     /// All endpoints at this moment.
