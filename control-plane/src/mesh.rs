@@ -1,6 +1,6 @@
 //! What the mesh says now: one catalog, built aside and published by one swap.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::hash::{BuildHasher, RandomState};
 use std::io;
 use std::path::{Path, PathBuf};
@@ -314,8 +314,11 @@ impl Mesh {
             }
             accepted.rejected.push(Rejected::new(rejection, Serving::Nothing));
         }
+        let in_use = catalog.wasm_modules().into_iter().chain(building.found.values().cloned());
+        let in_use: BTreeSet<String> = in_use.map(|module| module.sha256).collect();
         let published = Published::new(now.generation + 1, catalog, accepted, held);
         self.published.send_replace(Arc::new(published));
+        building.modules.prune(&in_use);
         if let Err(error) = building.store.save() {
             tracing::error!(%error, "last good versions cannot be written");
         }

@@ -1,8 +1,10 @@
 //! Start and stop, in order: state, sources read once, then the listeners.
 
+use std::fs::File;
 use std::future::Future;
 use std::io::Write;
 use std::net::SocketAddr;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -51,6 +53,7 @@ pub struct Control {
     grpc_task: tokio::task::JoinHandle<Result<(), tonic::transport::Error>>,
     http_task: tokio::task::JoinHandle<std::io::Result<()>>,
     tasks: Vec<tokio::task::JoinHandle<()>>,
+    _lock: File,
 }
 
 /// Runs the binary until `stop`.
@@ -88,6 +91,7 @@ impl Control {
     pub async fn start(flags: &Flags) -> anyhow::Result<Self> {
         let state = &flags.state;
         durable::directory(state).with_context(|| format!("--state {}", state.display()))?;
+        let lock = lock(state)?;
         let authority = Arc::new(match (&flags.ca_cert, &flags.ca_key) {
             (Some(cert), Some(key)) => {
                 let authority = Authority::from_files(cert, key, &flags.trust_domain)?;
@@ -158,7 +162,7 @@ impl Control {
             tokio::spawn(certificate.run()),
             tokio::spawn(follow_lifetime(mesh.clone(), authority)),
         ];
-        Ok(Self { grpc: grpc_address, http: http_address, mesh, stop, grpc_task, http_task, tasks })
+        Ok(Self { grpc: grpc_address, http: http_address, mesh, stop, grpc_task, http_task, tasks, _lock: lock })
     }
 
     /// Ends every stream, then the servers.
@@ -182,6 +186,14 @@ impl Drop for Control {
             task.abort();
         }
     }
+}
+
+/// Two control planes on one state directory would overwrite each other's registrations and grants.
+fn lock(state: &Path) -> anyhow::Result<File> {
+    let path = state.join("lock");
+    let file = File::create(&path).with_context(|| path.display().to_string())?;
+    file.try_lock().with_context(|| format!("--state {}: another control plane uses it", state.display()))?;
+    Ok(file)
 }
 
 /// Resolves when the control plane stops.

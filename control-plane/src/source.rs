@@ -5,6 +5,7 @@ use std::fs;
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use notify::{RecursiveMode, Watcher};
 use outrigger_core::compile::Module;
@@ -19,6 +20,11 @@ const MAX_DEPTH: usize = 16;
 const MAX_FILE: u64 = 16 * 1024 * 1024;
 /// A larger file is no filter.
 const MAX_MODULE: u64 = 256 * 1024 * 1024;
+
+/// A module that no filter uses is held this long.
+const UNUSED: Duration = Duration::from_secs(3600);
+/// In the modules' directory: the module of each path.
+const PATHS: &str = "paths.json";
 
 /// Text of each `*.yaml` and `*.yml` by path, or why it could not be read.
 pub type Files = BTreeMap<String, Result<String, String>>;
@@ -79,6 +85,8 @@ pub struct ModuleStore {
     directory: PathBuf,
     /// What was read, by path: not read again while size, time and inode are the same
     seen: HashMap<String, (Stamp, Module)>,
+    /// The last module of each path, persisted: it goes on while the file is away (replaced by deleting and writing)
+    last: BTreeMap<String, Module>,
     held: BTreeMap<String, u64>,
 }
 
@@ -99,11 +107,16 @@ impl ModuleStore {
                 held.insert(name, entry.metadata()?.len());
             }
         }
-        Ok(Self { directory, seen: HashMap::new(), held })
+        let last = match fs::read(directory.join(PATHS)) {
+            Ok(text) => serde_json::from_slice(&text)?,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => BTreeMap::new(),
+            Err(error) => return Err(error),
+        };
+        Ok(Self { directory, seen: HashMap::new(), last, held })
     }
 
-    /// Takes in the module files at `paths`. What cannot be read is left out, so that its filter is reported; a file
-    /// that is unchanged is not read again.
+    /// Takes in the module files at `paths`. Of what cannot be read the last module goes on; where there is none, it is
+    /// left out, so that its filter is reported. A file that is unchanged is not read again.
     pub fn load(&mut self, paths: &BTreeSet<String>) -> BTreeMap<String, Module> {
         self.seen.retain(|path, _| paths.contains(path));
         let mut modules = BTreeMap::new();
@@ -112,10 +125,38 @@ impl ModuleStore {
                 Ok(module) => {
                     modules.insert(path.clone(), module);
                 }
-                Err(error) => tracing::warn!(%path, %error, "the module cannot be read"),
+                Err(error) => {
+                    let last = self.last.get(path).filter(|last| self.held.contains_key(&last.sha256));
+                    tracing::warn!(%path, %error, last_good = last.is_some(), "the module cannot be read");
+                    modules.extend(last.map(|last| (path.clone(), last.clone())));
+                }
+            }
+        }
+        if modules != self.last {
+            self.last.clone_from(&modules);
+            let written = serde_json::to_vec(&modules)
+                .map_err(io::Error::from)
+                .and_then(|text| durable::write(&self.directory.join(PATHS), &text, 0o600));
+            if let Err(error) = written {
+                tracing::error!(%error, "the modules' paths cannot be written");
             }
         }
         modules
+    }
+
+    /// Forgets modules that are not among `used` and were written more than an hour ago: a proxy may still be fetching
+    /// a newer one.
+    pub fn prune(&mut self, used: &BTreeSet<String>) {
+        let directory = &self.directory;
+        let old = |path: &Path| {
+            let written = fs::metadata(path).and_then(|metadata| metadata.modified());
+            written.is_ok_and(|at| at.elapsed().is_ok_and(|age| age > UNUSED))
+        };
+        let kept = |digest: &String| {
+            let path = directory.join(digest);
+            used.contains(digest) || !old(&path) || fs::remove_file(&path).is_err()
+        };
+        self.held.retain(|digest, _| kept(digest));
     }
 
     /// Sizes of everything held, by digest.
@@ -226,7 +267,10 @@ mod tests {
         fs::write(&file, b"three").unwrap();
         let three = store.load(&paths).into_values().next().unwrap();
         assert_ne!(one.sha256, three.sha256);
-        let reopened = ModuleStore::open(directory.path().join("modules")).unwrap();
+        fs::remove_file(&file).unwrap();
+        assert_eq!(store.load(&paths).into_values().next(), Some(three.clone()));
+        let mut reopened = ModuleStore::open(directory.path().join("modules")).unwrap();
+        assert_eq!(reopened.load(&paths).into_values().next(), Some(three.clone()));
         assert_eq!(reopened.held(), BTreeMap::from([(one.sha256, 3), (three.sha256, 5)]));
     }
 }

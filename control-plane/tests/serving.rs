@@ -294,6 +294,15 @@ async fn what_a_certificate_does_not_permit_is_refused_and_reported() {
     assert_eq!(stream.next().await.removed_resources, ["self/web-0"]);
     assert_eq!(world.get("/api/v1/status").await["refusals"].as_array().unwrap().len(), 6);
 
+    // So is its own name's self with another account's certificate.
+    registry.register(registration("reviews-0")).await.unwrap();
+    let mut mine = Stream::open(channel, "reviews-0", ask(type_url::SELF, "self/reviews-0")).await;
+    while mine.next().await.resources.is_empty() {}
+    let web = world.join("web", "reviews-0").await;
+    let mut other =
+        Stream::open(world.channel(Some(&web)).await, "reviews-0", ask(type_url::SELF, "self/reviews-0")).await;
+    assert_eq!(other.next().await.removed_resources, ["self/reviews-0"]);
+
     // A wildcard ends the stream with a reason.
     stream.send(ask(type_url::SERVICE, "*")).await;
     let ended = soon(stream.responses.message()).await.unwrap_err();
@@ -302,6 +311,14 @@ async fn what_a_certificate_does_not_permit_is_refused_and_reported() {
     let mut stream = AggregatedDiscoveryServiceClient::new(world.channel(None).await);
     let refused = stream.delta_aggregated_resources(tokio_stream::pending()).await.unwrap_err();
     assert_eq!(refused.code(), Code::Unauthenticated);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_state_directory_has_one_control_plane() {
+    let world = World::start(&[]).await;
+    let second = Control::start(&flags(&world.config, &world.state)).await.unwrap_err();
+    assert!(format!("{second:#}").contains("another control plane"), "{second:#}");
+    world.restart().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -57,7 +57,7 @@ fn build(inputs: Inputs) -> Catalog {
 }
 
 fn client(namespace: &str, workload: &str) -> Client {
-    Client { namespace: namespace.into(), workload: workload.into(), service_account: "x".into() }
+    Client { namespace: namespace.into(), workload: workload.into(), service_account: "reviews".into() }
 }
 
 fn answer(catalog: &Catalog, type_url: &str, key: &str, client: &Client) -> Option<Found> {
@@ -540,4 +540,26 @@ proptest! {
         let beyond = format!("endpoints/demo/reviews:80/{shards}");
         prop_assert_eq!(answer(&catalog, type_url::ENDPOINTS, &beyond, &client("demo", "a")), None);
     }
+}
+
+#[test]
+fn self_is_for_the_proven_account_only() {
+    let (catalog, _) = Catalog::build(Inputs {
+        registrations: vec![Arc::new(Registration {
+            namespace: "demo".into(),
+            name: "reviews-0".into(),
+            service_account: "reviews".into(),
+            labels: BTreeMap::new(),
+            ports: Vec::new(),
+            dial: Dial::Application([10, 0, 0, 1].into()),
+            region: String::new(),
+            zone: String::new(),
+        })],
+        trust_domain: "cluster.local".into(),
+        ..Inputs::default()
+    });
+    let own = client("demo", "reviews-0");
+    assert!(answer(&catalog, type_url::SELF, "self/reviews-0", &own).is_some());
+    let another_account = Client { service_account: "web".into(), ..own };
+    assert!(answer(&catalog, type_url::SELF, "self/reviews-0", &another_account).is_none());
 }

@@ -171,10 +171,19 @@ impl Subscriptions {
             if of.answers.is_empty() {
                 continue;
             }
+            // Under each name that was asked for, too: which resource an alias stood for is known only to us.
+            let mut versions = of.versions.clone();
+            for (name, answer) in &of.answers {
+                if let Answer::Is(canonical) = answer
+                    && let Some(version) = of.versions.get(canonical)
+                {
+                    versions.insert(name.clone(), version.clone());
+                }
+            }
             requests.push(DeltaDiscoveryRequest {
                 type_url: kind.type_url().to_owned(),
                 resource_names_subscribe: of.answers.keys().cloned().collect(),
-                initial_resource_versions: of.versions.clone(),
+                initial_resource_versions: versions,
                 ..DeltaDiscoveryRequest::default()
             });
         }
@@ -215,6 +224,7 @@ mod tests {
         assert_eq!(first.len(), 2);
         assert_eq!(first[1].resource_names_subscribe, ["ip/10.0.0.1:80"]);
         assert_eq!(first[1].initial_resource_versions["svc/demo/a"], "v1");
+        assert_eq!(first[1].initial_resource_versions["ip/10.0.0.1:80"], "v1");
         assert!(subscriptions.changes().is_empty());
     }
 

@@ -4,9 +4,9 @@ use std::collections::BTreeMap;
 
 use outrigger_proto::mesh::{self, MtlsMode};
 
-use super::Catalog;
 use super::index::Filter;
-use super::instance::{Instance, belongs, selects};
+use super::instance::{Instance, belongs, identity, selects};
+use super::{Catalog, Client};
 use crate::key::ServiceKey;
 use crate::resource::{Action, Closed, PortProtocol, Resource, Target};
 
@@ -15,8 +15,14 @@ impl Catalog {
         self.instances.get(&(namespace.to_owned(), name.to_owned())).map(AsRef::as_ref)
     }
 
-    pub(super) fn own(&self, namespace: &str, workload: &str) -> Option<mesh::Self_> {
+    pub(super) fn own(&self, client: &Client) -> Option<mesh::Self_> {
+        let (namespace, workload) = (client.namespace.as_str(), client.workload.as_str());
         let instance = self.instance(namespace, workload)?;
+        // A name is only claimed; the identity is proven.
+        let proven = identity(&self.trust_domain, namespace, &client.service_account);
+        if !instance.identity.is_empty() && instance.identity != proven {
+            return None;
+        }
         let authorization = self.authorization(instance);
         let ports = instance.ports.iter().map(|port| {
             let (services, declared) = self.services_of(instance, port.port);

@@ -102,7 +102,7 @@ impl Instance {
     }
 }
 
-fn identity(trust_domain: &str, namespace: &str, account: &str) -> String {
+pub(super) fn identity(trust_domain: &str, namespace: &str, account: &str) -> String {
     format!("spiffe://{trust_domain}/ns/{namespace}/sa/{account}")
 }
 

@@ -159,7 +159,7 @@ impl Catalog {
                 .map(|endpoints| found(key.to_string(), type_url::ENDPOINTS, &endpoints)),
             // Only of oneself: what is enforced on others is none of its business.
             (type_url::SELF, Key::SelfOf(workload)) if *workload == client.workload => {
-                self.own(&client.namespace, workload).map(|own| found(key.to_string(), type_url::SELF, &own))
+                self.own(client).map(|own| found(key.to_string(), type_url::SELF, &own))
             }
             (type_url::FILTER, Key::Filter(namespace, name)) => {
                 self.filter(namespace, name).map(|filter| found(key.to_string(), type_url::FILTER, &filter))
