@@ -18,7 +18,7 @@ use crate::output::Format;
 
 /// Install, inspect and explain an Outrigger mesh.
 #[derive(Debug, Parser)]
-#[command(name = "outrigger", version, propagate_version = true)]
+#[command(name = "outrigger", version)]
 struct Cli {
     #[command(flatten)]
     global: Global,

@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // helpers of tests
 
 use std::net::IpAddr;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
@@ -60,64 +61,80 @@ fn a_request_that_takes_too_long_is_504() {
     assert_eq!(told(&response), (504, Some("request-timeout")));
 }
 
+/// Two backends that share a count: a second attempt goes to the other one.
+fn pair(reply: impl Fn(usize, &Recorded) -> Reply + Send + Sync + Clone + 'static) -> [Backend; 2] {
+    let count = Arc::new(AtomicUsize::new(0));
+    ["v1", "v2"].map(|name| {
+        let (count, reply) = (count.clone(), reply.clone());
+        Backend::http_with(loopback(), name, move |request| {
+            if request.path == "/ready" { ok() } else { reply(count.fetch_add(1, Ordering::SeqCst), request) }
+        })
+    })
+}
+
+/// What both backends were asked with this method.
+fn asked_with(shop: &Shop, method: &str) -> Vec<Recorded> {
+    let all = shop.v1.requests().into_iter().chain(shop.v2.requests());
+    all.filter(|request| request.method == method && request.path != "/ready").collect()
+}
+
+fn both_ready(shop: &Shop) {
+    until("both are used", || {
+        let seen: Vec<_> = (0..10).map(|_| shop.get("/ready").header("x-backend").map(str::to_owned)).collect();
+        (seen.contains(&Some("v1".to_owned())) && seen.contains(&Some("v2".to_owned()))).then_some(())
+    });
+}
+
 #[test]
 fn an_attempt_that_takes_too_long_is_tried_again() {
-    let once = counting("v1", |before, _| if before == 0 { Reply::Hang } else { ok() });
-    let shop = Shop::start_with(
-        &policy("  retries: {attempts: 2, on: [reset, 503], perTryTimeout: 300ms}"),
-        once,
-        Backend::http(loopback(), "v2"),
-    );
-    ready(&shop);
-    assert_eq!(told(&shop.web.call("reviews-v1", "/").send()), (200, None));
-    assert_eq!(asked(&shop.v1), 2);
+    let [v1, v2] = pair(|before, _| if before == 0 { Reply::Hang } else { ok() });
+    let policy = policy("  retries: {attempts: 2, on: [reset, 503, 504], perTryTimeout: 300ms}");
+    let shop = Shop::start_with(&policy, v1, v2);
+    both_ready(&shop);
+    assert_eq!(told(&shop.get("/")), (200, None));
+    assert_eq!(asked_with(&shop, "GET").len(), 2);
 }
 
 #[test]
 fn only_what_is_safe_is_retried_and_bodies_are_sent_again_whole() {
-    let once = counting("v1", |before, _| if before % 2 == 0 { status(503) } else { ok() });
-    let shop = Shop::start_with("", once, Backend::http(loopback(), "v2"));
-    ready(&shop);
+    let [v1, v2] = pair(|before, _| if before % 2 == 0 { status(503) } else { ok() });
+    let shop = Shop::start_with("", v1, v2);
+    both_ready(&shop);
 
     // PUT is idempotent: tried again, with its body.
-    let response = shop.web.call("reviews-v1", "/").args(["--request", "PUT", "--data", "the whole body"]).send();
+    let response = shop.call("/").args(["--request", "PUT", "--data", "the whole body"]).send();
     assert_eq!(response.status, 200);
-    let bodies: Vec<Vec<u8>> =
-        shop.v1.requests().into_iter().filter(|request| request.method == "PUT").map(|request| request.body).collect();
+    let bodies: Vec<Vec<u8>> = asked_with(&shop, "PUT").into_iter().map(|request| request.body).collect();
     assert_eq!(bodies, [b"the whole body", b"the whole body"]);
 
     // POST is not: its 503 is the answer.
-    let response = shop.web.call("reviews-v1", "/").args(["--data", "x"]).send();
+    let response = shop.call("/").args(["--data", "x"]).send();
     assert_eq!(told(&response), (503, None));
-    assert_eq!(shop.v1.requests().iter().filter(|request| request.method == "POST").count(), 1);
+    assert_eq!(asked_with(&shop, "POST").len(), 1);
 }
 
 #[test]
 fn a_body_beyond_the_replay_bound_is_not_sent_again() {
-    let never = counting("v1", |_, _| status(503));
-    let shop = Shop::start_with("", never, Backend::http(loopback(), "v2"));
-    ready(&shop);
+    let [v1, v2] = pair(|_, _| status(503));
+    let shop = Shop::start_with("", v1, v2);
+    both_ready(&shop);
     let body = "x".repeat(100_000);
-    let response = shop.web.call("reviews-v1", "/").args(["--request", "PUT", "--data", &body]).send();
-    assert_eq!(response.status, 503);
-    assert_eq!(asked(&shop.v1), 1);
+    assert_eq!(shop.call("/").args(["--request", "PUT", "--data", &body]).send().status, 503);
+    assert_eq!(asked_with(&shop, "PUT").len(), 1);
 }
 
 #[test]
 fn retries_end_with_the_budget() {
-    let never = counting("v1", |_, _| status(503));
-    let shop = Shop::start_with(
-        &policy(
-            "  retries: {attempts: 2, budget: {percent: 1, minPerSecond: 1}}\n  outlierDetection: {consecutiveFailures: 0}",
-        ),
-        never,
-        Backend::http(loopback(), "v2"),
-    );
-    ready(&shop);
-    let statuses: Vec<u16> = (0..50).map(|_| shop.web.call("reviews-v1", "/").send().status).collect();
-    assert!(statuses.iter().all(|status| *status == 503));
-    // Without a budget: 150.
-    assert!(asked(&shop.v1) < 100, "{} attempts of 50 requests", asked(&shop.v1));
+    let [v1, v2] = pair(|_, _| status(503));
+    let tight =
+        "  retries: {attempts: 2, budget: {percent: 1, minPerSecond: 1}}\n  outlierDetection: {consecutiveFailures: 0}";
+    let shop = Shop::start_with(&policy(tight), v1, v2);
+    both_ready(&shop);
+    let statuses: Vec<u16> = (0..50).map(|_| shop.get("/").status).collect();
+    assert!(statuses.iter().all(|status| *status == 503), "{statuses:?}");
+    // Without a budget: 100 at least.
+    let attempts = asked_with(&shop, "GET").len();
+    assert!((51..80).contains(&attempts), "{attempts} attempts of 50 requests");
 }
 
 #[test]
@@ -148,10 +165,7 @@ fn an_endpoint_that_keeps_failing_is_ejected_and_tried_again_later() {
         bad,
         Backend::http(loopback(), "v2"),
     );
-    until("both are used", || {
-        let seen: Vec<_> = (0..10).map(|_| shop.get("/ready").header("x-backend").map(str::to_owned)).collect();
-        (seen.contains(&Some("v1".to_owned())) && seen.contains(&Some("v2".to_owned()))).then_some(())
-    });
+    both_ready(&shop);
     until("v1 fails three times", || {
         shop.get("/");
         (asked(&shop.v1) >= 3).then_some(())

@@ -14,6 +14,7 @@ use super::peek::{Seen, look};
 use super::{Inbound, Version, handoff, original};
 use crate::flags::{App, Intercept, Settings};
 use crate::io::Io;
+use crate::metrics::Metric;
 use crate::tls;
 use crate::worker::Worker;
 
@@ -132,6 +133,7 @@ async fn encrypted(
     }
     let identity = worker.proxy.identity.required()?;
     let (stream, peer) = tls::accept(stream, &identity, HANDSHAKE).await?;
+    worker.metrics.add(Metric::TlsConnections, &["inbound", &peer.identity.to_string()], 1);
     let version = match stream.get_ref().1.alpn_protocol() {
         Some(tls::ALPN_H2) => Some(Version::Http2),
         Some(tls::ALPN_HTTP1) => Some(Version::Http1),
