@@ -12,6 +12,7 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use bytes::{Buf, Bytes};
+use futures_util::task::AtomicWaker;
 use outrigger_core::reason::Reason;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::{Instant, Sleep};
@@ -25,17 +26,28 @@ const EXCHANGE: u8 = 2;
 
 /// Where the connection is between two requests; shared by the guard and the service.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Phase(Arc<AtomicU8>);
+pub(crate) struct Phase(Arc<Shared>);
+
+#[derive(Debug, Default)]
+struct Shared {
+    phase: AtomicU8,
+    /// hyper does not read again what was not readable during an exchange; the idle time has to begin all the same.
+    reader: AtomicWaker,
+}
 
 impl Phase {
     /// A request's head is complete; until the mark is dropped an exchange runs.
     pub(crate) fn exchange(&self) -> Mark {
-        self.0.store(EXCHANGE, Ordering::Relaxed);
+        self.set(EXCHANGE);
         Mark(self.clone())
     }
 
     fn get(&self) -> u8 {
-        self.0.load(Ordering::Relaxed)
+        self.0.phase.load(Ordering::Relaxed)
+    }
+
+    fn set(&self, phase: u8) {
+        self.0.phase.store(phase, Ordering::Relaxed);
     }
 }
 
@@ -45,7 +57,8 @@ pub(crate) struct Mark(Phase);
 
 impl Drop for Mark {
     fn drop(&mut self) {
-        self.0.0.store(IDLE, Ordering::Relaxed);
+        self.0.set(IDLE);
+        self.0.0.reader.wake();
     }
 }
 
@@ -82,6 +95,7 @@ impl Guarded {
         let phase = self.phase.get();
         if phase == EXCHANGE {
             self.waiting = None;
+            self.phase.0.reader.register(cx.waker());
             return Poll::Pending;
         }
         let limit = if phase == HEAD { self.times.head } else { self.times.idle };
@@ -165,7 +179,7 @@ impl AsyncRead for Guarded {
                 self.waiting = None;
             }
             if self.phase.get() == IDLE && buf.filled().len() > before {
-                self.phase.0.store(HEAD, Ordering::Relaxed);
+                self.phase.set(HEAD);
             }
             return Poll::Ready(Ok(()));
         }
@@ -215,5 +229,68 @@ impl AsyncWrite for Guarded {
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         ready!(self.poll_instead(cx))?;
         Pin::new(&mut self.io).poll_shutdown(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::convert::Infallible;
+
+    use ::http::{Request, Response};
+    use hyper::service::service_fn;
+    use hyper_util::rt::TokioIo;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::TcpStream;
+
+    use super::*;
+    use crate::testing::{HANG, listen, run, within};
+
+    /// A server whose exchanges take longer than a head may.
+    async fn server(times: Times) -> TcpStream {
+        let (listener, address) = listen().await;
+        tokio::task::spawn_local(async move {
+            let (stream, _) = listener.accept().await.unwrap();
+            let phase = Phase::default();
+            let io = TokioIo::new(Guarded::new(stream.into(), phase.clone(), times));
+            let service = service_fn(move |_: Request<hyper::body::Incoming>| {
+                let mark = phase.exchange();
+                async move {
+                    tokio::time::sleep(times.head.min(times.idle) * 3).await;
+                    drop(mark);
+                    Ok::<_, Infallible>(Response::new(String::from("late")))
+                }
+            });
+            let serving =
+                hyper::server::conn::http1::Builder::new().header_read_timeout(None).serve_connection(io, service);
+            serving.await.unwrap_or_default();
+        });
+        TcpStream::connect(address).await.unwrap()
+    }
+
+    async fn rest(mut stream: TcpStream) -> String {
+        let mut text = String::new();
+        within(stream.read_to_string(&mut text)).await.unwrap();
+        text
+    }
+
+    #[test]
+    fn a_slow_head_is_told_so() {
+        run(async {
+            let mut stream = server(Times { head: Duration::from_millis(20), idle: HANG * 9 }).await;
+            stream.write_all(b"GET / HTTP/1.1\r\nhost: rev").await.unwrap();
+            let response = rest(stream).await;
+            assert!(response.starts_with("HTTP/1.1 408 "), "{response}");
+            assert!(response.contains("x-outrigger-reason: head-timeout\r\n"), "{response}");
+        });
+    }
+
+    #[test]
+    fn an_exchange_may_take_longer_than_a_head_and_then_idle_ends() {
+        run(async {
+            let mut stream = server(Times { head: Duration::from_millis(20), idle: Duration::from_millis(30) }).await;
+            stream.write_all(b"GET / HTTP/1.1\r\nhost: reviews\r\n\r\n").await.unwrap();
+            let response = rest(stream).await;
+            assert!(response.starts_with("HTTP/1.1 200 ") && response.ends_with("late"), "{response}");
+        });
     }
 }

@@ -100,11 +100,13 @@ mod tests {
     async fn a_request_in_pieces_is_recognised_and_left_in_the_socket() {
         let (mut client, mut server) = pair().await;
         client.write_all(b"GE").await.unwrap();
-        let looking = look(&server, Duration::from_secs(60));
-        tokio::pin!(looking);
-        assert!(futures_util::poll!(&mut looking).is_pending());
-        client.write_all(b"T / HTTP/1.1\r\n\r\n").await.unwrap();
-        assert_eq!(looking.await.unwrap(), Seen::Speaks(Detected::Http1));
+        {
+            let looking = look(&server, Duration::from_secs(60));
+            tokio::pin!(looking);
+            assert!(futures_util::poll!(&mut looking).is_pending());
+            client.write_all(b"T / HTTP/1.1\r\n\r\n").await.unwrap();
+            assert_eq!(looking.await.unwrap(), Seen::Speaks(Detected::Http1));
+        }
         let mut bytes = [0; 18];
         server.read_exact(&mut bytes).await.unwrap();
         assert_eq!(&bytes, b"GET / HTTP/1.1\r\n\r\n");
