@@ -190,7 +190,8 @@ impl<'a> Stream<'a> {
     async fn open(&mut self, target: &Target) -> Result<Io, Reason> {
         self.attempts += 1;
         self.upstream = Some(target.address);
-        upstream::open(target, &self.worker.proxy).await.map_err(|error| {
+        let opened = upstream::open(target, &self.worker.proxy).await;
+        opened.map(|(io, _peer)| io).map_err(|error| {
             self.detail = error.detail.to_string();
             error.reason
         })

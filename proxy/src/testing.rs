@@ -346,7 +346,7 @@ pub(crate) async fn read_message(stream: &mut (impl tokio::io::AsyncRead + Unpin
     }
     let head = String::from_utf8_lossy(&bytes).to_lowercase();
     if head.contains("transfer-encoding: chunked") {
-        while !until(&bytes, b"\r\n0\r\n\r\n") && !(until(&bytes, b"\r\n\r\n") && tail_has_trailers(&bytes)) {
+        while !(until(&bytes, b"\r\n\r\n") && tail_has_trailers(&bytes)) {
             stream.read_exact(&mut byte).await.ok()?;
             bytes.push(byte[0]);
         }

@@ -95,7 +95,7 @@ impl Attempt {
     }
 
     /// The response's body ended well.
-    pub(super) fn succeeded(mut self: Box<Self>, trailers: Option<&HeaderMap>) {
+    pub(super) fn succeeded(mut self, trailers: Option<&HeaderMap>) {
         let unavailable = trailers.and_then(respond::grpc_status).is_some_and(grpc_failure);
         let failing = self.failing || unavailable;
         self.report(if failing { Outcome::Failure } else { Outcome::Success });
@@ -105,12 +105,12 @@ impl Attempt {
     }
 
     /// The endpoint broke the response off.
-    pub(super) fn failed(self: Box<Self>) {
+    pub(super) fn failed(self) {
         self.report(Outcome::Failure);
     }
 
     /// The client went away before the end: that says nothing about the endpoint.
-    pub(super) fn cancelled(self: Box<Self>) {
+    pub(super) fn cancelled(self) {
         self.report(Outcome::Neutral);
     }
 

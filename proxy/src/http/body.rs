@@ -95,7 +95,7 @@ impl Body for RequestBody {
         match &self.source {
             Source::Empty => SizeHint::with_exact(0),
             Source::Incoming(body) => body.size_hint(),
-            Source::Replay { buffer, .. } => buffer.0.borrow().size.clone(),
+            Source::Replay { buffer, .. } => buffer.0.borrow().size,
         }
     }
 }

@@ -286,7 +286,7 @@ impl Exchange {
         let upgraded = (response.status() == StatusCode::SWITCHING_PROTOCOLS)
             .then(|| Some((attempt.upgrade.take()?, hyper::upgrade::on(&mut response))));
         if let Some(None) = upgraded {
-            return Ok(self.refused(Reason::UpstreamProtocol, "the endpoint switched protocols unasked", running)?);
+            return self.refused(Reason::UpstreamProtocol, "the endpoint switched protocols unasked", running);
         }
         let (mut head, body) = response.into_parts();
         let direction = match self.connection.way() {

@@ -62,7 +62,7 @@ async fn serve_http1(io: Io, connection: &Rc<Connection>) -> hyper::Result<()> {
     builder.auto_date_header(false).header_read_timeout(None);
     let serving = builder.serve_connection(TokioIo::new(io), service).with_upgrades();
     let mut serving = std::pin::pin!(serving);
-    until_drained(connection, serving.as_mut(), |serving| serving.graceful_shutdown()).await
+    until_drained(connection, serving.as_mut(), http1::UpgradeableConnection::graceful_shutdown).await
 }
 
 async fn serve_http2(io: Io, connection: &Rc<Connection>) -> hyper::Result<()> {
@@ -87,7 +87,7 @@ async fn serve_http2(io: Io, connection: &Rc<Connection>) -> hyper::Result<()> {
     let mut serving = std::pin::pin!(serving);
     let idle = idle(connection);
     tokio::select! {
-        ended = until_drained(connection, serving.as_mut(), |serving| serving.graceful_shutdown()) => return ended,
+        ended = until_drained(connection, serving.as_mut(), http2::Connection::graceful_shutdown) => return ended,
         () = idle => {}
     }
     serving.as_mut().graceful_shutdown();

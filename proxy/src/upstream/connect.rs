@@ -19,7 +19,7 @@ use crate::http::RequestBody;
 use crate::io::Io;
 use crate::snapshot::Workload;
 use crate::state::Proxy;
-use crate::tls::{self, TlsError};
+use crate::tls::{self, Peer, TlsError};
 
 /// Header block of a response, bytes.
 const MAX_HEAD: usize = 64 * 1024;
@@ -168,7 +168,7 @@ impl Target {
 }
 
 /// Dials and, with mTLS, shakes hands, within the target's time.
-pub(crate) async fn open(target: &Target, proxy: &Proxy) -> Result<Io, ConnectError> {
+pub(crate) async fn open(target: &Target, proxy: &Proxy) -> Result<(Io, Option<Peer>), ConnectError> {
     let opening = async {
         let stream = TcpStream::connect(target.address)
             .await
@@ -186,8 +186,10 @@ pub(crate) async fn open(target: &Target, proxy: &Proxy) -> Result<Io, ConnectEr
     }
 }
 
-async fn secure(stream: TcpStream, target: &Target, proxy: &Proxy) -> Result<Io, ConnectError> {
-    let Security::Mtls { identity, port, service, namespace } = &target.security else { return Ok(stream.into()) };
+async fn secure(stream: TcpStream, target: &Target, proxy: &Proxy) -> Result<(Io, Option<Peer>), ConnectError> {
+    let Security::Mtls { identity, port, service, namespace } = &target.security else {
+        return Ok((stream.into(), None));
+    };
     let own = proxy.identity.required().map_err(refused)?;
     let to = tls::Target {
         address: target.address,
@@ -199,30 +201,36 @@ async fn secure(stream: TcpStream, target: &Target, proxy: &Proxy) -> Result<Io,
             Wire::Tcp => &[tls::ALPN_TCP],
         },
     };
-    let (stream, _peer) = tls::connect(stream, &own, &to, target.timeout).await.map_err(refused)?;
-    Ok(stream.into())
+    let (stream, peer) = tls::connect(stream, &own, &to, target.timeout).await.map_err(refused)?;
+    Ok((stream.into(), Some(peer)))
 }
 
 fn refused(error: TlsError) -> ConnectError {
     ConnectError::new(error.reason(), error)
 }
 
-/// Starts HTTP/1 on a connection; `held` is dropped when it ends.
-pub(super) async fn http1<H: 'static>(io: Io, held: H) -> Result<http1::SendRequest<RequestBody>, ConnectError> {
+/// Starts HTTP/1 on a connection; `held` is dropped when it ends. `ended` runs beside it for as long.
+pub(super) async fn http1<H: 'static>(
+    io: Io,
+    held: H,
+    ended: impl Future<Output = ()> + 'static,
+) -> Result<http1::SendRequest<RequestBody>, ConnectError> {
     let mut builder = http1::Builder::new();
     builder.max_header_size(MAX_HEAD).max_buf_size(2 * MAX_HEAD);
     let (sender, connection) = builder.handshake(TokioIo::new(io)).await.map_err(protocol)?;
     tokio::task::spawn_local(async move {
-        if let Err(error) = connection.with_upgrades().await {
-            tracing::debug!(%error, "a connection to an endpoint ended with an error");
-        }
+        drive(connection.with_upgrades(), ended).await;
         drop(held);
     });
     Ok(sender)
 }
 
-/// Starts HTTP/2 on a connection; `held` is dropped when it ends.
-pub(super) async fn http2<H: 'static>(io: Io, held: H) -> Result<http2::SendRequest<RequestBody>, ConnectError> {
+/// Starts HTTP/2 on a connection; `held` is dropped when it ends. `ended` runs beside it for as long.
+pub(super) async fn http2<H: 'static>(
+    io: Io,
+    held: H,
+    ended: impl Future<Output = ()> + 'static,
+) -> Result<http2::SendRequest<RequestBody>, ConnectError> {
     let mut builder = http2::Builder::new(LocalExecutor);
     builder
         .timer(TokioTimer::new())
@@ -233,12 +241,22 @@ pub(super) async fn http2<H: 'static>(io: Io, held: H) -> Result<http2::SendRequ
         .keep_alive_timeout(PING_TIMEOUT);
     let (sender, connection) = builder.handshake(TokioIo::new(io)).await.map_err(protocol)?;
     tokio::task::spawn_local(async move {
-        if let Err(error) = connection.await {
-            tracing::debug!(%error, "a connection to an endpoint ended with an error");
-        }
+        drive(connection, ended).await;
         drop(held);
     });
     Ok(sender)
+}
+
+async fn drive(connection: impl Future<Output = hyper::Result<()>>, ended: impl Future<Output = ()>) {
+    let mut connection = std::pin::pin!(connection);
+    let result = tokio::select! {
+        biased;
+        result = connection.as_mut() => result,
+        () = ended => connection.await,
+    };
+    if let Err(error) = result {
+        tracing::debug!(%error, "a connection to an endpoint ended with an error");
+    }
 }
 
 fn protocol(error: hyper::Error) -> ConnectError {

@@ -21,6 +21,7 @@ use super::Cluster;
 use super::connect::{self, ConnectError, Target, Wire};
 use crate::http::RequestBody;
 use crate::state::Proxy;
+use crate::tls::Peer;
 
 /// Streams that one HTTP/2 connection carries before another is opened.
 const STREAMS: usize = 100;
@@ -64,6 +65,8 @@ struct Pool {
     /// Something was given back, closed, or finished connecting.
     changed: Notify,
     used: Cell<Option<Instant>>,
+    /// Rises when the peer's certificate or its root is no longer good: what is older is not used again.
+    generation: Cell<u64>,
     /// How long a connection is kept without a request.
     timeout: Cell<Duration>,
     /// Keeps the endpoint where the pool's key says it is.
@@ -166,11 +169,26 @@ impl Pool {
         shared.iter().find(|connection| connection.streams.get() < STREAMS).cloned()
     }
 
-    fn give_back(&self, sender: http1::SendRequest<RequestBody>) {
+    /// Resolves when nothing that this peer proved holds any longer; new requests then get new connections.
+    async fn ended(self: Rc<Self>, peer: Option<Peer>, proxy: Arc<Proxy>) {
+        match peer {
+            Some(peer) => peer.ended(&proxy.identity).await,
+            None => std::future::pending().await,
+        };
+        self.generation.set(self.generation.get() + 1);
+        self.idle.borrow_mut().clear();
+        // Streams that run keep theirs.
+        self.shared.borrow_mut().clear();
+    }
+
+    fn give_back(&self, sender: http1::SendRequest<RequestBody>, generation: u64) {
+        if generation != self.generation.get() {
+            return;
+        }
         // Another worker waits at the limit of connections: what is not needed here is closed.
         let wanted = self.cluster.as_ref().is_some_and(|cluster| cluster.breaker.is_wanted());
         let mut idle = self.idle.borrow_mut();
-        if idle.len() < MAX_IDLE && !(wanted && !idle.is_empty()) {
+        if idle.len() < MAX_IDLE && (idle.is_empty() || !wanted) {
             idle.push(Idle { sender, since: Instant::now() });
         }
         drop(idle);
@@ -195,8 +213,11 @@ impl Drop for Open {
     }
 }
 
-async fn checkout_http1(pool: Rc<Pool>, target: &Target, proxy: &Proxy) -> Result<Lease, ConnectError> {
-    let lease = |sender, reused| Lease { kind: Kind::Http1 { sender, pool: pool.clone() }, reused };
+async fn checkout_http1(pool: Rc<Pool>, target: &Target, proxy: &Arc<Proxy>) -> Result<Lease, ConnectError> {
+    let lease = |sender, reused| Lease {
+        kind: Kind::Http1 { sender, generation: pool.generation.get(), pool: pool.clone() },
+        reused,
+    };
     if let Some(sender) = pool.take_idle() {
         return Ok(lease(sender, true));
     }
@@ -212,8 +233,8 @@ async fn checkout_http1(pool: Rc<Pool>, target: &Target, proxy: &Proxy) -> Resul
             continue;
         };
         let open = Open::new(&pool);
-        let io = connect::open(target, proxy).await?;
-        let sender = connect::http1(io, (permit, open)).await?;
+        let (io, peer) = connect::open(target, proxy).await?;
+        let sender = connect::http1(io, (permit, open), pool.clone().ended(peer, proxy.clone())).await?;
         return Ok(lease(sender, false));
     }
 }
@@ -253,7 +274,7 @@ async fn connect_shared(
 ) -> Result<(), ConnectError> {
     let open = Open::new(&pool);
     let result = match connect::open(&target, &proxy).await {
-        Ok(io) => connect::http2(io, (permit, open)).await,
+        Ok((io, peer)) => connect::http2(io, (permit, open), pool.clone().ended(peer, proxy)).await,
         Err(error) => Err(error),
     };
     *pool.connecting.borrow_mut() = None;
@@ -273,7 +294,7 @@ pub struct Lease {
 
 #[derive(Debug)]
 enum Kind {
-    Http1 { sender: http1::SendRequest<RequestBody>, pool: Rc<Pool> },
+    Http1 { sender: http1::SendRequest<RequestBody>, pool: Rc<Pool>, generation: u64 },
     Http2(Stream),
 }
 
@@ -309,17 +330,17 @@ impl Lease {
 
     /// The response's body has ended: the connection may serve another request.
     pub fn give_back(self) {
-        let Kind::Http1 { mut sender, pool } = self.kind else { return };
+        let Kind::Http1 { mut sender, pool, generation } = self.kind else { return };
         if sender.is_closed() {
             return;
         }
         if sender.is_ready() {
-            return pool.give_back(sender);
+            return pool.give_back(sender, generation);
         }
         // The request's body may still be on its way up.
         tokio::task::spawn_local(async move {
             if sender.ready().await.is_ok() {
-                pool.give_back(sender);
+                pool.give_back(sender, generation);
             }
         });
     }
