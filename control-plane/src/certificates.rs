@@ -215,3 +215,7 @@ fn refuse_ca(error: CaError) -> Status {
         _ => Status::internal(error.to_string()),
     }
 }
+
+#[cfg(test)]
+#[path = "certificates_tests.rs"]
+mod tests;
