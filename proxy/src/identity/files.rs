@@ -46,7 +46,7 @@ pub async fn watch_files(files: IdentityFiles, store: Arc<IdentityStore>) {
     watch_every(files, store, POLL).await;
 }
 
-async fn watch_every(files: IdentityFiles, store: Arc<IdentityStore>, period: Duration) {
+pub(super) async fn watch_every(files: IdentityFiles, store: Arc<IdentityStore>, period: Duration) {
     // Loaded once more at the start: a change since the caller's own load is not lost.
     let mut seen = None;
     loop {

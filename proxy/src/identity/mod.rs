@@ -7,6 +7,8 @@ mod channel;
 mod files;
 mod renew;
 mod state;
+#[cfg(test)]
+mod tests;
 
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -234,6 +236,32 @@ impl IdentityStore {
             None => self.changed.send_modify(|generation| *generation += 1),
         }
         Ok(())
+    }
+
+    /// The bundle alone, so that a test sees what the check after the handshake does and not new ticket keys.
+    #[cfg(test)]
+    pub(crate) fn trust_only(&self, bundle: Bundle) {
+        self.bundle.store(Arc::new(bundle));
+    }
+
+    /// Shows a chain that no store would install.
+    #[cfg(test)]
+    pub(crate) fn show(&self, chain: Vec<CertificateDer<'static>>, key: &PrivateKeyDer<'_>) {
+        let key = Arc::new(CertifiedKey::new(chain, any_ecdsa_type(key).unwrap()));
+        let server = Arc::new(self.server_config(&key).unwrap());
+        let last = self.last().unwrap();
+        self.publish(Arc::new(Identity {
+            spiffe: last.spiffe.clone(),
+            not_before: last.not_before,
+            not_after: last.not_after,
+            deadline: last.deadline,
+            generation: last.generation + 1,
+            key,
+            bundle: Arc::clone(&self.bundle),
+            server,
+            client: Arc::clone(&last.client),
+            sessions: Arc::default(),
+        }));
     }
 
     fn publish(&self, identity: Arc<Identity>) {

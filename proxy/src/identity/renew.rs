@@ -38,7 +38,7 @@ pub struct Enrolment {
 
 /// Why no certificate was obtained. The current one stays in use.
 #[derive(Debug, thiserror::Error)]
-enum SignError {
+pub(super) enum SignError {
     #[error("no certificate and no --token-file: make a join token with `outrigger token create`")]
     NoToken,
     #[error("{0}: {1}; make a join token with `outrigger token create`")]
@@ -139,7 +139,7 @@ fn until_renewal(identity: &Identity, now: SystemTime, rng: &mut fastrand::Rng) 
     left.saturating_sub(life.mul_f64(0.45 + rng.f64() / 10.0))
 }
 
-async fn obtain(
+pub(super) async fn obtain(
     store: &IdentityStore,
     control: &ControlPlane,
     state: Option<&StateDir>,

@@ -4,6 +4,10 @@
 mod error;
 mod provider;
 mod session;
+#[cfg(test)]
+pub(crate) mod testing;
+#[cfg(test)]
+mod tests;
 mod verifier;
 
 use std::net::SocketAddr;
