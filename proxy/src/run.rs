@@ -1,6 +1,7 @@
 //! Starts a proxy, and ends it: what [`main`](../main.rs) calls with the command line.
 
 use std::future::Future;
+use std::io::IsTerminal;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -250,7 +251,8 @@ where
 fn start_log(filter: &str) -> Result<LogHandle> {
     let filter = EnvFilter::try_new(filter).with_context(|| format!("--log `{filter}`"))?;
     let (filter, handle) = reload::Layer::new(filter);
-    let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_target(false);
+    let colours = std::io::stderr().is_terminal();
+    let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_target(false).with_ansi(colours);
     tracing_subscriber::registry().with(filter.and_then(lines)).try_init().context("the log is set up already")?;
     Ok(handle)
 }

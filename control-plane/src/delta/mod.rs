@@ -14,8 +14,9 @@ use prost::Message;
 #[cfg(test)]
 mod tests;
 
-/// Subscriptions of one stream, over all types.
-pub const MAX_SUBSCRIPTIONS: usize = 4096;
+/// Subscriptions of one stream, over all types: a proxy's 4,096 destinations, most with a backend's endpoints, and
+/// intercepted addresses asked for as service and as workload.
+pub const MAX_SUBSCRIPTIONS: usize = 4 * 4096;
 /// A longer name is no key: it is answered as absent and not kept.
 const MAX_NAME: usize = 512;
 /// Responses whose acknowledgement is awaited; of older ones it no longer counts.
@@ -148,7 +149,12 @@ impl Stream {
             let now = held(answer.as_deref());
             let subscription = subscriptions.entry(name.clone()).or_default();
             let theirs = request.initial_resource_versions.get(name);
-            if theirs.is_some_and(|version| now == Held::Version(version.clone())) {
+            let same = |version: &String| match &now {
+                Held::Version(now) => now == version,
+                // The empty version: it was told that there is nothing.
+                Held::Absent => version.is_empty(),
+            };
+            if theirs.is_some_and(same) {
                 // It has this from an earlier stream.
                 *subscription = Subscription { sent: Some(now.clone()), acked: Some(now), rejected: None };
             } else {

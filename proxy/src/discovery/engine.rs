@@ -257,7 +257,8 @@ impl Engine {
         self.subscriptions.found(kind, &resource.name, &resource.aliases);
         self.subscriptions.accepted(kind, &resource.name, &resource.version);
         self.accepted.insert((kind, resource.name.clone()), resource);
-        self.dirty = true;
+        // Endpoints have a place of their own: a change of theirs rebuilds no snapshot.
+        self.dirty |= kind != Kind::Endpoints;
     }
 
     fn removed(&mut self, kind: Kind, name: &str) {

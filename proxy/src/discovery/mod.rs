@@ -7,6 +7,8 @@ mod persist;
 mod remote;
 mod reply;
 mod subscriptions;
+#[cfg(test)]
+mod tests;
 
 pub use driver::{Discovery, Origin, Sink};
 pub use local::Local;
@@ -14,9 +16,9 @@ pub use remote::Remote;
 
 use driver::{Event, Requests};
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 use outrigger_core::key::Key;
@@ -38,6 +40,8 @@ pub struct Directory {
     /// Number of the newest snapshot.
     swapped: watch::Sender<u64>,
     connected: AtomicBool,
+    /// Since when no answer can be had; looked at only on the way of an unknown destination.
+    away_since: Mutex<Option<Instant>>,
 }
 
 impl Directory {
@@ -49,6 +53,7 @@ impl Directory {
             wanted,
             swapped: watch::channel(0).0,
             connected: AtomicBool::new(false),
+            away_since: Mutex::new(Some(Instant::now())),
         };
         (Arc::new(directory), keys)
     }
@@ -90,19 +95,22 @@ impl Directory {
                     let target = target.clone();
                     return Some((snapshot, target));
                 }
-                if !self.connected() {
-                    return self.unanswered(key, snapshot);
-                }
-                if swaps.changed().await.is_err() {
+                // A connection that was just lost is often back at once: that is worth the wait, a long absence is not.
+                if self.away_for(FIRST_USE) || swaps.changed().await.is_err() {
                     return None;
                 }
             }
         };
         match tokio::time::timeout(FIRST_USE, answered).await {
             Ok(Some(found)) => Ok(found),
-            Ok(None) => Err(Reason::DiscoveryUnavailable),
-            Err(_) => Err(Reason::DiscoveryTimeout),
+            Err(_) if self.connected() => Err(Reason::DiscoveryTimeout),
+            Ok(None) | Err(_) => self.unanswered(key, self.snapshot()).ok_or(Reason::DiscoveryUnavailable),
         }
+    }
+
+    fn away_for(&self, time: Duration) -> bool {
+        let since = *self.away_since.lock().unwrap_or_else(PoisonError::into_inner);
+        since.is_some_and(|since| since.elapsed() >= time)
     }
 
     /// Away from the control plane: an outside address is outside, anything that may be of the mesh is refused rather than
@@ -127,6 +135,9 @@ impl Directory {
 
     pub(crate) fn set_connected(&self, connected: bool) {
         self.connected.store(connected, Ordering::Release);
+        let mut since = self.away_since.lock().unwrap_or_else(PoisonError::into_inner);
+        *since = if connected { None } else { since.or_else(|| Some(Instant::now())) };
+        drop(since);
         // Those who wait look again.
         self.swapped.send_modify(|_| {});
     }

@@ -7,7 +7,7 @@ use outrigger_proto::control::FetchRequest;
 use outrigger_proto::control::modules_client::ModulesClient;
 use outrigger_proto::discovery::Node;
 use outrigger_proto::discovery::aggregated_discovery_service_client::AggregatedDiscoveryServiceClient;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio_stream::StreamExt;
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tonic::transport::Channel;
@@ -39,7 +39,12 @@ impl Remote {
         let mut backoff = BACKOFF;
         loop {
             self.identity.ready().await;
-            let (why, answered) = stream(self.control.channel(), &self.workload, &events).await;
+            let mut certificates = self.identity.subscribe();
+            let (why, answered) = tokio::select! {
+                ended = stream(self.control.channel(), &self.workload, &events) => ended,
+                // The control plane would end the stream when the old certificate expires.
+                () = renewed(&mut certificates, &self.identity) => ("reconnecting with the renewed certificate".to_owned(), true),
+            };
             if answered {
                 backoff = BACKOFF;
             }
@@ -67,6 +72,18 @@ impl Remote {
         }
         Ok(bytes.into())
     }
+}
+
+/// Returns when there is another certificate; a change of the bundle alone does not count.
+async fn renewed(changes: &mut watch::Receiver<u64>, identity: &IdentityStore) {
+    let chain = |store: &IdentityStore| store.last().map(|own| own.chain().to_vec());
+    let old = chain(identity);
+    while changes.changed().await.is_ok() {
+        if chain(identity) != old {
+            return;
+        }
+    }
+    std::future::pending().await;
 }
 
 /// One stream to its end: why it ended, and whether anything came over it.

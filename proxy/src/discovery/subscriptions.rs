@@ -60,6 +60,20 @@ struct OfKind {
     unsubscribe: BTreeSet<String>,
 }
 
+impl OfKind {
+    /// What is held, by canonical names and by the names that were asked for: which resource an alias stood for is known
+    /// only to us. The empty version stands for known absence.
+    fn held(&self) -> BTreeMap<String, String> {
+        let version = |(name, answer): (&String, &Answer)| match answer {
+            Answer::Unknown => None,
+            Answer::Is(canonical) => Some((name.clone(), self.versions.get(canonical)?.clone())),
+            Answer::Absent => Some((name.clone(), String::new())),
+        };
+        let held = self.versions.iter().map(|(name, version)| (name.clone(), version.clone()));
+        held.chain(self.answers.iter().filter_map(version)).collect()
+    }
+}
+
 /// All subscriptions.
 #[derive(Debug, Default)]
 pub(crate) struct Subscriptions {
@@ -171,19 +185,10 @@ impl Subscriptions {
             if of.answers.is_empty() {
                 continue;
             }
-            // Under each name that was asked for, too: which resource an alias stood for is known only to us.
-            let mut versions = of.versions.clone();
-            for (name, answer) in &of.answers {
-                if let Answer::Is(canonical) = answer
-                    && let Some(version) = of.versions.get(canonical)
-                {
-                    versions.insert(name.clone(), version.clone());
-                }
-            }
             requests.push(DeltaDiscoveryRequest {
                 type_url: kind.type_url().to_owned(),
                 resource_names_subscribe: of.answers.keys().cloned().collect(),
-                initial_resource_versions: versions,
+                initial_resource_versions: of.held(),
                 ..DeltaDiscoveryRequest::default()
             });
         }

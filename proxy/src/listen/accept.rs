@@ -101,6 +101,8 @@ pub(crate) async fn accept(
     way: Way,
     others: Vec<mpsc::UnboundedSender<Accepted>>,
 ) {
+    // Its successor is unsafe, for types whose descriptor could change while registered; a listener's cannot.
+    #[allow(deprecated)]
     let listener = match AsyncFd::new(listener) {
         Ok(listener) => listener,
         Err(error) => {

@@ -47,10 +47,27 @@ enum Refusal {
     Io(#[from] io::Error),
 }
 
+impl Refusal {
+    /// For the metric: a fixed set of words.
+    fn word(&self) -> &'static str {
+        match self {
+            Self::Undeclared(_) => "undeclared-port",
+            Self::Ambiguous => "ambiguous-port",
+            Self::Mismatch(..) => "port-mismatch",
+            Self::NotConfigured => "not-configured",
+            Self::Plaintext => "mtls-required",
+            Self::Own => "own-port",
+            Self::Tls(error) => error.cause(),
+            Self::Io(_) => "io",
+        }
+    }
+}
+
 /// Serves one connection of a caller.
 pub(super) async fn serve(worker: Rc<Worker>, stream: TcpStream) -> io::Result<()> {
     let client = original::plain(stream.peer_addr()?);
-    if let Err(refusal) = accept(worker, stream, client).await {
+    if let Err(refusal) = accept(worker.clone(), stream, client).await {
+        worker.metrics.add(Metric::Refused, &["inbound", refusal.word()], 1);
         tracing::warn!(%client, reason = %refusal, "inbound connection refused");
     }
     Ok(())
@@ -133,7 +150,7 @@ async fn encrypted(
     }
     let identity = worker.proxy.identity.required()?;
     let (stream, peer) = tls::accept(stream, &identity, HANDSHAKE).await?;
-    worker.metrics.add(Metric::TlsConnections, &["inbound", &peer.identity.to_string()], 1);
+    worker.metrics.add(Metric::TlsConnections, &["inbound", peer.identity.as_str()], 1);
     let version = match stream.get_ref().1.alpn_protocol() {
         Some(tls::ALPN_H2) => Some(Version::Http2),
         Some(tls::ALPN_HTTP1) => Some(Version::Http1),
