@@ -83,7 +83,7 @@ async fn renewed(changes: &mut watch::Receiver<u64>, identity: &IdentityStore) {
             return;
         }
     }
-    std::future::pending().await;
+    std::future::pending::<()>().await;
 }
 
 /// One stream to its end: why it ended, and whether anything came over it.
