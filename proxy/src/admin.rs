@@ -170,6 +170,7 @@ impl Admin {
             "identity": identity.as_ref().map(|own| own.spiffe().to_string()),
             "valid": self.proxy.identity.current().is_some(),
             "generation": identity.as_ref().map(|own| own.generation()),
+            "serial": identity.as_ref().and_then(|own| serial(own.chain().first()?)),
             "notBefore": identity.as_ref().map(|own| seconds(own.not_before())),
             "notAfter": identity.as_ref().map(|own| seconds(own.not_after())),
             "roots": roots,
@@ -250,6 +251,12 @@ fn trusted(headers: &HeaderMap, listener: SocketAddr) -> bool {
     };
     let value = |name| headers.get(name).map(|value| value.to_str().unwrap_or_default());
     value(HOST).is_some_and(own) && value(ORIGIN).is_none_or(|origin| origin.strip_prefix("http://").is_some_and(own))
+}
+
+/// A certificate's serial number, as tools write it.
+fn serial(certificate: &[u8]) -> Option<String> {
+    let (_, certificate) = x509_parser::parse_x509_certificate(certificate).ok()?;
+    Some(certificate.raw_serial_as_string())
 }
 
 fn text(status: StatusCode, body: &str) -> Response<Full<Bytes>> {

@@ -217,8 +217,8 @@ impl Layout {
             );
             replace(&self.config().join("filter.yaml"), &filter)?;
         }
-        // Sabotage: the route sends everything to v1, whatever the demo believes.
-        let canary = if self.sabotage == Some(Condition::Split) { 0 } else { CANARY };
+        // Sabotage: the route sends another share to v2 than the demo believes.
+        let canary = if self.sabotage == Some(Condition::Split) { 60 } else { CANARY };
         self.write_route(canary)
     }
 }

@@ -68,7 +68,8 @@ impl Scrape {
 
     /// The sum of them.
     pub(super) fn sum(&self, name: &str, labels: &[(&str, &str)]) -> f64 {
-        self.of_name(name, labels).map(|sample| sample.value).sum()
+        // An empty sum of floats is -0.
+        self.of_name(name, labels).map(|sample| sample.value).sum::<f64>() + 0.0
     }
 
     /// Upper bound of the bucket that holds the quantile, in seconds, of what was recorded since `before`.

@@ -131,8 +131,23 @@ async fn look(shop: &Shop, load: &Load, last: &mut BTreeMap<&'static str, Scrape
         *counts.entry(version).or_default() += 1.0;
     }
     let total: f64 = counts.values().sum();
+    front_door(&mut picture, &latencies);
     picture.split = counts.into_iter().map(|(version, count)| (version, 100.0 * count / total.max(1.0))).collect();
     picture
+}
+
+/// The load asks web's application itself, as a browser would, so its sidecar receives nothing: its line is what the client saw.
+#[allow(clippy::cast_precision_loss)] // thousands at most
+fn front_door(picture: &mut Picture, latencies: &[Duration]) {
+    let at = |share: usize| latencies.get(latencies.len() * share / 100).map(Duration::as_secs_f64);
+    let (requests, errors) = (picture.requests as f64, picture.errors as f64);
+    let rate = rate(picture);
+    if let Some(web) = picture.workloads.iter_mut().find(|of| of.name == "web") {
+        web.rate = rate;
+        web.success = (requests > 0.0).then(|| 100.0 * (requests - errors) / requests);
+        (web.p50, web.p99) = (at(50), at(99));
+        web.peers = "(client)".into();
+    }
 }
 
 /// Accounts that proved themselves to this sidecar.

@@ -194,9 +194,16 @@ impl Exchange {
     /// # Errors
     /// A FailClosed one is not ready.
     pub(super) fn chain(&mut self, snapshot: &Snapshot, keys: &[String]) -> Result<(), Failure> {
+        if keys.is_empty() {
+            return Ok(());
+        }
         let missing = |name| Failure::new(Reason::FilterFailed, format!("filter {name} is not ready"));
         let plugins = snapshot.filters(keys).map_err(missing)?;
         let connection = &self.connection;
+        for key in keys {
+            let name = key.strip_prefix("filter/").unwrap_or(key);
+            connection.worker.metrics.add(Metric::FilterCalls, &[name], 1);
+        }
         let labels = &connection.worker.labels;
         let identity = connection.worker.proxy.identity.current();
         let info = StreamInfo {
@@ -392,6 +399,10 @@ impl Drop for Exchange {
         // Without a status the client went away first.
         let (code, status) = self.status.as_ref().map_or(("0", 0), |status| (status.as_str(), status.as_u16()));
         worker.metrics.add(Metric::Requests, &[way, &self.service, &self.endpoint_version, code, reason], 1);
+        if self.connection.way() == Way::Inbound {
+            let peer = self.connection.peer().map_or("none", |peer| peer.as_str());
+            worker.metrics.add(Metric::PeerRequests, &[peer], 1);
+        }
         // An upgraded connection's life is no latency.
         if self.status != Some(StatusCode::SWITCHING_PROTOCOLS) {
             worker.metrics.record(
