@@ -387,6 +387,24 @@ spec: {address: 10.9.0.5, ports: [{name: sql, port: 5432}], weight: 0}
 }
 
 #[test]
+fn a_workload_without_interception_is_dialled_at_its_proxys_inbound_port() {
+    let text = "
+apiVersion: v1
+kind: Service
+metadata: {name: db, namespace: demo}
+spec: {selector: {app: db}, ports: [{name: sql, port: 5432}]}
+---
+apiVersion: outrigger.dev/v1alpha1
+kind: Workload
+metadata: {name: db-0, namespace: demo, labels: {app: db}}
+spec: {address: 10.9.0.4, inboundPort: 15006, ports: [{name: sql, port: 5432}], serviceAccount: db}
+";
+    let found = endpoints(&build(inputs(text)), "endpoints/demo/db:5432/0");
+    let found: Vec<_> = found.iter().map(|one| (one.address.as_str(), one.port, one.app_port)).collect();
+    assert_eq!(found, [("10.9.0.4", 15006, 5432)]);
+}
+
+#[test]
 fn a_route_without_effect_is_a_warning() {
     let at = |port: u32| {
         route("HTTPRoute", "demo", "http", "[{}]")

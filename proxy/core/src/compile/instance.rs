@@ -55,7 +55,7 @@ impl Instance {
             name: name.to_owned(),
             labels: workload.labels.clone(),
             ports: workload.ports.clone(),
-            dial: Dial::Application(workload.address),
+            dial: workload.dial,
             identity: workload.identity.clone().or_else(derived).unwrap_or_default(),
             weight: workload.weight,
             region: workload.region.clone(),

@@ -1,13 +1,14 @@
 //! `Workload`: an instance that does not register itself.
 
 use std::collections::BTreeMap;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use serde::Deserialize;
 use serde_json::Value;
 
 use super::decode::{Bad, decode};
 use super::meta::Meta;
+use super::registration::Dial;
 use super::value::{Identity, Label, Port};
 use super::{AppPort, PortProtocol};
 
@@ -16,8 +17,8 @@ use super::{AppPort, PortProtocol};
 pub struct Workload {
     /// From `metadata`
     pub labels: BTreeMap<String, String>,
-    /// What is dialled
-    pub address: IpAddr,
+    /// What is dialled: the application's own address, or its proxy's inbound listener
+    pub dial: Dial,
     /// The application's ports
     pub ports: Vec<AppPort>,
     /// Service account, from which its identity is derived
@@ -36,6 +37,8 @@ pub struct Workload {
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct Spec {
     address: String,
+    /// Port of its proxy's inbound listener, where traffic is not intercepted
+    inbound_port: Option<Port>,
     ports: Vec<SpecPort>,
     service_account: Option<Label>,
     identity: Option<Identity>,
@@ -89,7 +92,9 @@ pub(crate) fn read(spec: &Value, meta: &Meta) -> Result<Workload, Bad> {
     }
     Ok(Workload {
         labels: meta.labels.clone(),
-        address,
+        dial: spec
+            .inbound_port
+            .map_or(Dial::Application(address), |port| Dial::Inbound(SocketAddr::new(address, port.0))),
         ports,
         service_account: spec.service_account.map(|account| account.0),
         identity: spec.identity.map(|identity| identity.0),
