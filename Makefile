@@ -1,5 +1,6 @@
 # Everything is built into one target directory outside the tree, so that several checkouts share it.
-export CARGO_TARGET_DIR ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/outrigger/target
+CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/outrigger
+export CARGO_TARGET_DIR ?= $(CACHE)/target
 # rustup's proxies, when the shell has not been restarted since Rust was installed.
 export PATH := $(PATH):$(HOME)/.cargo/bin
 SHELL := /bin/bash
@@ -31,10 +32,12 @@ lint: setup ## format, clippy with warnings denied, layers, status table
 	@scripts/lint.sh
 
 bench: setup ## the comparison with Envoy, HAProxy and nginx (ARGS= for bench/bench.py)
-	@echo "==> building the release binaries"
-	@cargo build --workspace --bins --locked --release
-	@PATH="$$CARGO_TARGET_DIR/release:$$PATH" OUTRIGGER_BIN_DIR="$$CARGO_TARGET_DIR/release" \
-		"$$(scripts/setup.sh --venv)/bin/python" bench/bench.py $(ARGS)
+	@echo "==> building the release proxy, and the filter of the comparison"
+	@cargo build --workspace --bin outrigger-proxy --locked --release
+	@filters/build.sh bench/wasm
+	@OUTRIGGER_BIN="$$CARGO_TARGET_DIR/release/outrigger-proxy" WASM_FILTER="$(CACHE)/filters/bench_filter.wasm" \
+		"$$(scripts/setup.sh --venv)/bin/python" bench/bench.py --json "$(CACHE)/bench/results.json" $(ARGS)
+	@echo "==> results: $(CACHE)/bench/results.json"
 
 # Names that others may rely on already (DESIGN section 9), built in later steps.
 LATER := bench-scale bench-budget conformance conformance-wasm conformance-envoy sim fuzz

