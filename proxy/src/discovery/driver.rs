@@ -107,6 +107,8 @@ struct Driver {
     preparing: JoinSet<(Prepare, Result<Arc<Plugin>, String>)>,
     unsaved: bool,
     was_up: bool,
+    /// Why it is down, as it was last said
+    down: Option<String>,
 }
 
 impl Discovery {
@@ -124,6 +126,7 @@ impl Discovery {
             preparing: JoinSet::new(),
             unsaved: false,
             was_up: false,
+            down: None,
         };
         let file = state.map(|state| state.join("snapshot.pb"));
         let owner = format!("{namespace}/{workload}");
@@ -190,6 +193,7 @@ impl Driver {
             Event::Up => {
                 tracing::info!("configuration is connected");
                 self.was_up = true;
+                self.down = None;
                 self.directory.set_connected(true);
             }
             Event::Response(response) => self.engine.response(response, Instant::now()),
@@ -198,7 +202,13 @@ impl Driver {
                 self.directory.set_connected(false);
                 let held = self.directory.snapshot().targets.len();
                 let state = if self.was_up { "away" } else { "not reached yet" };
-                tracing::warn!(why, held, "the control plane is {state}; what is held goes on serving");
+                // Once per cause: it is tried again several times a second.
+                if self.down.as_ref() == Some(&why) {
+                    tracing::debug!(why, "the control plane is still {state}");
+                } else {
+                    tracing::warn!(why, held, "the control plane is {state}; what is held goes on serving");
+                    self.down = Some(why);
+                }
             }
         }
     }

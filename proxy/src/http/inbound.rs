@@ -86,7 +86,8 @@ fn authorize(x: &Exchange, port: &InboundPort, head: &request::Parts, canonical:
         }
         Err(reason) => {
             metrics.add(Metric::Authorization, &["deny", rule], 1);
-            tracing::info!(rule, client = %x.connection.client(), peer = ?x.connection.peer(), "denied");
+            let peer = x.connection.peer().map_or("none", |peer| peer.as_str());
+            tracing::info!(rule, client = %x.connection.client(), peer, "denied");
             // The caller is not told which policy it has to get around.
             Err(reason.into())
         }
