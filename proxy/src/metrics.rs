@@ -51,6 +51,7 @@ metrics! {
     UpstreamConnections = "outrigger_upstream_connections", Gauge, ["direction", "service"], "Open connections to endpoints and to the application";
     UpstreamConnects = "outrigger_upstream_connects_total", Counter, ["service", "outcome"], "Connections dialled";
     TlsConnections = "outrigger_tls_connections_total", Counter, ["direction", "peer"], "Mesh TLS connections by the identity that the peer proved";
+    TlsResumed = "outrigger_tls_resumed_total", Counter, ["direction"], "Mesh TLS connections that resumed a session; the peer's certificate is judged again all the same";
     Refused = "outrigger_connections_refused_total", Counter, ["direction", "cause"], "Connections closed before a request: handshake failed, plaintext on a Strict port, undeclared port";
     TcpConnections = "outrigger_tcp_connections_total", Counter, ["direction", "service", "reason"], "Opaque connections, counted at their end";
     TcpBytes = "outrigger_tcp_bytes_total", Counter, ["direction", "service", "way"], "Bytes of opaque connections: sent (towards the server) and received";

@@ -2,7 +2,8 @@
 
   websocket_peer.py serve PORT           echoes messages; the first message back says the path that was asked for
   websocket_peer.py call URL HOST        connects to URL with Host HOST, sends text, 1 MiB of bytes and a ping; closes
-  websocket_peer.py hold URL HOST        connects, prints "open", waits until the other side closes, prints the close code"""
+  websocket_peer.py hold URL HOST        connects, prints "open", waits until the other side closes, prints the close code
+  websocket_peer.py lines URL HOST       connects, sends each line of stdin and prints the message that comes back"""
 import asyncio
 import os
 import sys
@@ -51,7 +52,15 @@ async def hold(url, host):
             print("closed", e.rcvd.code if e.rcvd else "without a close frame", flush=True)
 
 
+async def lines(url, host):
+    async with dial(url, host) as socket:
+        await socket.recv()
+        while line := await asyncio.to_thread(sys.stdin.readline):
+            await socket.send(line.rstrip("\n"))
+            print(await socket.recv(), flush=True)
+
+
 if sys.argv[1] == "serve":
     asyncio.run(serve(int(sys.argv[2])))
 else:
-    asyncio.run({"call": call, "hold": hold}[sys.argv[1]](*sys.argv[2:4]))
+    asyncio.run({"call": call, "hold": hold, "lines": lines}[sys.argv[1]](*sys.argv[2:4]))

@@ -9,6 +9,7 @@
 mod address;
 mod backend;
 mod binaries;
+mod certificates;
 mod curl;
 mod mesh;
 mod metrics;
@@ -21,6 +22,7 @@ mod wait;
 pub use address::Address;
 pub use backend::{Backend, Recorded, Reply};
 pub use binaries::binary;
+pub use certificates::{Authority, Leaf};
 pub use curl::{Curl, Response};
 pub use mesh::{Control, Mesh, Proxy, ProxyBuilder};
 pub use metrics::Metrics;

@@ -151,6 +151,9 @@ async fn encrypted(
     let identity = worker.proxy.identity.required()?;
     let (stream, peer) = tls::accept(stream, &identity, HANDSHAKE).await?;
     worker.metrics.add(Metric::TlsConnections, &["inbound", peer.identity.as_str()], 1);
+    if peer.resumed {
+        worker.metrics.add(Metric::TlsResumed, &["inbound"], 1);
+    }
     let version = match stream.get_ref().1.alpn_protocol() {
         Some(tls::ALPN_H2) => Some(Version::Http2),
         Some(tls::ALPN_HTTP1) => Some(Version::Http1),
