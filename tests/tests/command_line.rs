@@ -3,7 +3,7 @@
 
 use std::process::{Command, Output};
 
-use outrigger_e2e::binary;
+use outrigger_e2e::{Mesh, binary};
 
 fn outrigger(args: &[&str]) -> Output {
     Command::new(binary("outrigger")).args(args).output().expect("run outrigger")
@@ -67,4 +67,25 @@ fn validate_names_file_line_and_field_of_each_error_and_fails() {
 
     let nowhere = outrigger(&["validate", "/nowhere"]);
     assert!(!nowhere.status.success() && text(&nowhere.stderr).contains("--config"), "{nowhere:?}");
+}
+
+#[test]
+fn every_command_that_shows_something_can_show_json() {
+    let mesh = Mesh::start("apiVersion: v1\nkind: Namespace\nmetadata: {name: demo}\n");
+    let state = mesh.path("control");
+    let state = state.to_str().expect("path");
+    let config = mesh.path("config");
+    let token = ["token", "create", "--state", state, "--namespace", "demo", "--service-account", "a"];
+    for (command, shows) in [
+        (&["version"][..], "version"),
+        (&["status"][..], "proxies"),
+        (&["validate", config.to_str().expect("path")][..], "accepted"),
+        (&["intercept", "check"][..], "differences"),
+        (&token[..], "token"),
+    ] {
+        let output = mesh.outrigger(&[command, &["-o", "json"]].concat());
+        let json: serde_json::Value =
+            serde_json::from_slice(&output.stdout).unwrap_or_else(|error| panic!("{command:?}: {error}: {output:?}"));
+        assert!(json.get(shows).is_some(), "{command:?}: {json}");
+    }
 }
