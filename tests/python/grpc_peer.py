@@ -4,8 +4,9 @@
       /test.Echo/Unary echoes (NAME and the metadata x-tag in trailing metadata), /test.Echo/Stream answers `count` messages,
       /test.Echo/Slow sleeps, /test.Echo/Fail fails with FAILED_PRECONDITION and a message, /test.Echo/Bidi echoes a stream.
   grpc_peer.py call ADDRESS AUTHORITY CASE     one of the cases below; exit code 1 says what differed
-      unary | stream | deadline | error | bidi | many | big | status
-      status prints {"code", "details", "reason"} of a unary call, whatever it is."""
+      unary | stream | deadline | error | bidi | many | big | status | routes
+      status prints {"code", "details", "reason"} of a unary call, whatever it is; routes prints who served
+      `unary`, `canary` (metadata x-canary: yes) and `other` (another method): a NAME, or the code it failed with."""
 import json
 import sys
 import threading
@@ -108,6 +109,14 @@ def call(address, authority, case):
         except grpc.RpcError as e:
             headers = dict(list(e.initial_metadata() or ()) + list(e.trailing_metadata() or ()))
             print(json.dumps({"code": e.code().name, "details": e.details(), "reason": headers.get("x-outrigger-reason")}))
+    elif case == "routes":
+        got = {}
+        for key, method, metadata in (("unary", "Unary", ()), ("canary", "Unary", (("x-canary", "yes"),)), ("other", "Fail", ())):
+            try:
+                got[key] = dict(unary(method, metadata=metadata)[1].trailing_metadata()).get("x-served-by")
+            except grpc.RpcError as e:
+                got[key] = e.code().name
+        print(json.dumps(got))
     else:
         sys.exit("unknown case " + case)
 
