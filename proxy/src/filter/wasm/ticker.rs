@@ -72,9 +72,9 @@ impl Ticker {
     }
 }
 
-fn run(ticker: &Weak<Ticker>, engine: &EngineWeak) {
+fn run(weak: &Weak<Ticker>, engine: &EngineWeak) {
     let mut idle = 0;
-    while let Some(ticker) = ticker.upgrade() {
+    while let Some(ticker) = weak.upgrade() {
         let (stuck, active) = ticker.look();
         if stuck {
             let Some(engine) = engine.upgrade() else { return };
@@ -91,12 +91,14 @@ fn run(ticker: &Weak<Ticker>, engine: &EngineWeak) {
         if ticker.look().1 {
             ticker.asleep.store(false, Ordering::SeqCst);
         }
-        let sleep = ticker.asleep.load(Ordering::SeqCst);
-        drop(ticker);
         idle = 0;
-        if sleep {
+        if ticker.asleep.load(Ordering::SeqCst) {
+            drop(ticker);
             // Bounded, so that the thread ends soon after its engine.
             std::thread::park_timeout(Duration::from_secs(1));
+            // Nobody woke it: one look, and it sleeps again.
+            let undisturbed = weak.upgrade().is_some_and(|ticker| ticker.asleep.load(Ordering::SeqCst));
+            idle = if undisturbed { IDLE_TICKS - 1 } else { 0 };
         }
     }
 }
