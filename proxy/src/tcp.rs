@@ -82,7 +82,7 @@ fn admit(stream: &mut Stream<'_>, worker: &Worker, info: &Inbound) -> Result<Tar
     let inbound = snapshot.inbound.as_ref().ok_or(Reason::DiscoveryUnavailable)?;
     let port = inbound.port(info.app.address.port()).ok_or(Reason::UnknownPort)?;
     stream.service = match port.services.first() {
-        Some(service) => service.as_str().into(),
+        Some(service) => service.clone(),
         None => worker.labels.workload.clone(),
     };
     stream.version = worker.labels.version.clone();
@@ -103,7 +103,7 @@ async fn place(stream: &mut Stream<'_>, worker: &Rc<Worker>, destination: Socket
     stream.pin(&snapshot);
     let target = match target {
         snapshot::Target::Service(service) => {
-            stream.service = format!("{}/{}", service.namespace, service.name).into();
+            stream.service = service.label.clone();
             let port = service.port(Some(destination.port())).ok_or(Reason::UnknownPort)?;
             let share = port.implicit.backends.first().ok_or(Reason::NoBackend)?;
             let backend = share.backend.as_ref().map_err(|_| Reason::NoBackend)?;

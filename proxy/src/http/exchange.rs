@@ -170,7 +170,7 @@ impl Exchange {
     pub(super) fn begin_inbound(&mut self, snapshot: &Snapshot, port: &InboundPort) {
         let labels = &self.connection.worker.labels;
         self.service = match port.services.first() {
-            Some(service) => service.as_str().into(),
+            Some(service) => service.clone(),
             None => labels.workload.clone(),
         };
         self.endpoint_version = labels.version.clone();

@@ -1,9 +1,11 @@
 //! From the own application: where to, by which rule, to which backend.
 
 use std::net::SocketAddr;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
+use ::http::header::HOST;
 use ::http::uri::Authority;
 use ::http::{HeaderValue, Response, Uri, request};
 use bytes::Bytes;
@@ -13,10 +15,10 @@ use outrigger_core::normalize::{self, Canonical, Direction, Rules};
 use outrigger_core::reason::Reason;
 use outrigger_core::route::{self, Selected, Split};
 
-use super::ConnectionInfo;
 use super::attempt::{self, Call};
 use super::exchange::{Answer, Exchange, Failure, Incomer};
 use super::request::{self as outgoing, Outgoing};
+use super::{Asked, Connection, ConnectionInfo};
 use crate::snapshot::{self, Snapshot};
 use crate::upstream::Target;
 
@@ -30,11 +32,12 @@ pub(super) async fn handle(x: &mut Exchange, mut inc: Incomer) -> Result<Answer,
     let ConnectionInfo::Outbound(info) = &connection.info else { return Err(Reason::Internal.into()) };
     let worker = &connection.worker;
     let canonical = normalized(x, &mut inc.head)?;
-    let (key, port) = match info.destination {
-        Some(address) => (Key::Ip(address), Some(address.port())),
-        None => named(&inc.head, &worker.proxy.settings.namespace)?,
+    let asked = match info.destination {
+        Some(address) => Rc::new((Key::Ip(address), Some(address.port()))),
+        None => remembered(&connection, &inc.head)?,
     };
-    let (snapshot, target) = worker.find(&key).await?;
+    let (key, port) = (&asked.0, asked.1);
+    let (snapshot, target) = worker.find(key).await?;
     x.begin_outbound(&snapshot);
     x.begin_trace(&mut inc.head.headers, snapshot.mesh.as_deref());
     match target {
@@ -54,8 +57,22 @@ fn normalized(x: &mut Exchange, head: &mut request::Parts) -> Result<Canonical, 
     Ok(canonical)
 }
 
+/// Explicit mode: what the authority names. A client's connection asks for the same one again as a rule, so the last
+/// reading is kept.
+fn remembered(connection: &Connection, head: &request::Parts) -> Result<Rc<Asked>, Failure> {
+    let host = head.headers.get(HOST);
+    if let (Some(host), Some((last, asked))) = (host, &*connection.asked.borrow())
+        && host == last
+    {
+        return Ok(asked.clone());
+    }
+    let asked = Rc::new(named(head, &connection.worker.proxy.settings.namespace)?);
+    *connection.asked.borrow_mut() = host.map(|host| (host.clone(), asked.clone()));
+    Ok(asked)
+}
+
 /// Explicit mode: the authority names the service.
-fn named(head: &request::Parts, namespace: &str) -> Result<(Key, Option<u16>), Failure> {
+fn named(head: &request::Parts, namespace: &str) -> Result<Asked, Failure> {
     let authority = outgoing::authority(&head.uri, &head.headers).ok_or(Reason::BadRequest)?;
     let unreadable = || Failure::new(Reason::BadRequest, format!("the authority `{authority}` cannot be read"));
     let (named, port) = key::canonicalise(authority.as_str(), namespace).ok_or_else(unreadable)?;
@@ -80,7 +97,7 @@ async fn to_service(
     mut inc: Incomer,
     canonical: Canonical,
 ) -> Result<Answer, Failure> {
-    x.service = format!("{}/{}", service.namespace, service.name).into();
+    x.service = service.label.clone();
     let unknown =
         || Failure::new(Reason::UnknownPort, format!("{} has no port {}", x.service, port.unwrap_or_default()));
     let port = service.port(port).ok_or_else(unknown)?;

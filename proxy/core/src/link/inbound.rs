@@ -34,7 +34,7 @@ pub struct InboundPort {
     /// Filter keys in the order of the request
     pub filters: Arc<[String]>,
     /// Services that select this port, `<namespace>/<name>`
-    pub services: Arc<[String]>,
+    pub services: Arc<[Arc<str>]>,
 }
 
 impl Inbound {
@@ -68,6 +68,6 @@ fn inbound_port(wire: &wire::SelfPort) -> Result<InboundPort, LinkError> {
             None => Authorization::default(),
         },
         filters: wire.filters.as_slice().into(),
-        services: wire.services.as_slice().into(),
+        services: wire.services.iter().map(|name| name.as_str().into()).collect(),
     })
 }

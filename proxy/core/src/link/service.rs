@@ -19,6 +19,8 @@ pub struct Service {
     pub namespace: Arc<str>,
     /// Name
     pub name: Arc<str>,
+    /// `<namespace>/<name>`, as metrics and logs have it
+    pub label: Arc<str>,
     /// Virtual addresses
     pub vips: Vec<IpAddr>,
     /// Ports, in the order of the Service
@@ -250,6 +252,7 @@ pub fn service(wire: &wire::Service) -> Result<Service, LinkError> {
     Ok(Service {
         namespace: wire.namespace.as_str().into(),
         name: wire.name.as_str().into(),
+        label: format!("{}/{}", wire.namespace, wire.name).into(),
         vips: vips.collect::<Result<_, _>>()?,
         ports: ports.collect::<Result<_, _>>()?,
         backends: ordered,
