@@ -19,6 +19,7 @@ use tracing_subscriber::{EnvFilter, Registry, reload};
 
 use crate::drain::Phase;
 use crate::filter::Plugins;
+use crate::metrics::Metric;
 use crate::snapshot::Target;
 use crate::state::Proxy;
 
@@ -196,7 +197,7 @@ impl Admin {
             "phase": self.proxy.drain.phase().name(),
             "connected": self.proxy.directory.connected(),
             "snapshot": self.proxy.directory.snapshot().number,
-            "droppedLogLines": self.proxy.log.dropped(),
+            "droppedLogLines": self.proxy.metrics.total(Metric::LogDropped, &[]),
             "workers": workers,
         })
     }

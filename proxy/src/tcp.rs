@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use outrigger_core::authz;
 use outrigger_core::balance::{Guard, pick};
+use outrigger_core::breaker::Permit;
 use outrigger_core::key::Key;
 use outrigger_core::link::{AccessLog, Backend, MtlsMode, OutboundTraffic};
 use outrigger_core::outlier::Outcome;
@@ -23,7 +24,8 @@ use crate::listen::{Inbound, Outbound};
 use crate::log::Entry;
 use crate::metrics::Metric;
 use crate::snapshot;
-use crate::upstream::{self, Cluster, Target, Wire};
+use crate::tls::{self, Peer};
+use crate::upstream::{self, Cluster, Label, Opened, Target, Wire};
 use crate::worker::Worker;
 
 /// Without a byte in either direction.
@@ -46,10 +48,9 @@ pub async fn serve_outbound(io: Io, info: Outbound, worker: Rc<Worker>) {
 
 /// Carries an opaque stream of a caller to the own application, if it may.
 pub async fn serve_inbound(io: Io, info: Inbound, worker: Rc<Worker>) {
-    let mut stream =
-        Stream::new(&worker, "inbound", info.client, info.peer.as_deref().map(|peer| peer.as_str().into()));
+    let mut stream = Stream::new(&worker, "inbound", info.client, info.peer.clone());
     let placed = match admit(&mut stream, &worker, &info) {
-        Ok(target) => stream.open(&target).await.map(|io| (io, None)),
+        Ok(target) => stream.open(&target, None).await.map(|opened| (opened, None)),
         Err(reason) => Err(reason),
     };
     stream.carry(io, placed).await;
@@ -60,7 +61,7 @@ struct Stream<'a> {
     worker: &'a Rc<Worker>,
     way: &'static str,
     client: SocketAddr,
-    peer: Option<Arc<str>>,
+    peer: Option<Arc<Peer>>,
     service: Arc<str>,
     version: Arc<str>,
     upstream: Option<SocketAddr>,
@@ -73,7 +74,7 @@ struct Stream<'a> {
 }
 
 /// A connection to the server, and what is held while it lasts.
-type Placed = (Io, Option<Guard>);
+type Placed = (Opened, Option<Guard>);
 
 /// Whether a caller may reach the application, and where that is.
 fn admit(stream: &mut Stream<'_>, worker: &Worker, info: &Inbound) -> Result<Target, Reason> {
@@ -89,12 +90,12 @@ fn admit(stream: &mut Stream<'_>, worker: &Worker, info: &Inbound) -> Result<Tar
     if port.mtls == MtlsMode::Strict && info.peer.is_none() {
         return Err(Reason::MtlsRequired);
     }
-    let connection = authz::Connection { peer: info.peer.as_deref(), ip: info.client.ip(), port: port.port };
+    let connection = authz::Connection { peer: info.identity(), ip: info.client.ip(), port: port.port };
     let verdict = port.authorization.decide_connection(&connection);
     let decision = if verdict.outcome.is_ok() { "allow" } else { "deny" };
     worker.metrics.add(Metric::Authorization, &[decision, verdict.rule.unwrap_or("default")], 1);
     verdict.outcome?;
-    Ok(Target::plain(info.app.address, Wire::Tcp, CONNECT_TIMEOUT, IDLE))
+    Ok(Target::plain(info.app.address, Wire::Tcp, CONNECT_TIMEOUT, IDLE, Label::inbound(&stream.service)))
 }
 
 /// Connects to what the application meant.
@@ -119,10 +120,10 @@ async fn place(stream: &mut Stream<'_>, worker: &Rc<Worker>, destination: Socket
                 return Err(Reason::UnknownService);
             }
             stream.service = worker.labels.outside.clone();
-            Target::plain(destination, Wire::Tcp, OUTSIDE_CONNECT, IDLE)
+            Target::plain(destination, Wire::Tcp, OUTSIDE_CONNECT, IDLE, Label::outbound(&stream.service))
         }
     };
-    Ok((stream.open(&target).await?, None))
+    Ok((stream.open(&target, None).await?, None))
 }
 
 /// Connects to an endpoint of a backend; to another where one does not answer.
@@ -140,13 +141,18 @@ async fn routed(stream: &mut Stream<'_>, worker: &Rc<Worker>, backend: &Arc<Back
         };
         let target = Target::endpoint(guard.endpoint(), backend, &cluster, Wire::Tcp);
         stream.version = guard.endpoint().info.version.clone();
-        let opened = stream.open(&target).await;
+        // A stream keeps its connection to itself, so there is none to wait for; and the exception by which every worker
+        // may have one connection is for those that are shared.
+        let permit = target.connection(1).ok_or(Reason::OverflowConnections)?;
+        let opened = stream.open(&target, permit).await;
         let now = std::time::Instant::now();
         match opened {
-            Ok(io) => {
+            Ok(opened) => {
                 guard.answered(now);
                 report(&cluster, backend, &guard, Outcome::Success);
-                return Ok((io, Some(guard)));
+                // How long the stream lasts says nothing of the endpoint.
+                guard.settled();
+                return Ok((opened, Some(guard)));
             }
             Err(reason) => {
                 guard.abandoned(now);
@@ -165,7 +171,7 @@ fn report(cluster: &Cluster, backend: &Backend, guard: &Guard, outcome: Outcome)
 }
 
 impl<'a> Stream<'a> {
-    fn new(worker: &'a Rc<Worker>, way: &'static str, client: SocketAddr, peer: Option<Arc<str>>) -> Self {
+    fn new(worker: &'a Rc<Worker>, way: &'static str, client: SocketAddr, peer: Option<Arc<Peer>>) -> Self {
         Self {
             worker,
             way,
@@ -187,11 +193,11 @@ impl<'a> Stream<'a> {
         self.access_log = snapshot.mesh.as_ref().map_or(AccessLog::Errors, |mesh| mesh.access_log);
     }
 
-    async fn open(&mut self, target: &Target) -> Result<Io, Reason> {
+    async fn open(&mut self, target: &Target, permit: Option<Permit>) -> Result<Opened, Reason> {
         self.attempts += 1;
         self.upstream = Some(target.address);
-        let opened = upstream::open(target, &self.worker.proxy).await;
-        opened.map(|(io, _peer)| io).map_err(|error| {
+        let opened = upstream::open(target, permit, &self.worker.proxy, &self.worker.metrics).await;
+        opened.map_err(|error| {
             self.detail = error.detail.to_string();
             error.reason
         })
@@ -205,7 +211,9 @@ impl<'a> Stream<'a> {
                 return;
             }
         };
+        let Opened { io: server, link } = server;
         let _open = self.worker.metrics.hold(Metric::TcpOpen, &[self.way]);
+        let store = &self.worker.proxy.identity;
         tokio::select! {
             copied = copy(client, server, IDLE) => {
                 if let Some(error) = &copied.error {
@@ -214,6 +222,8 @@ impl<'a> Stream<'a> {
                 self.copied = copied;
             }
             () = self.worker.drain.cut() => self.reason = Some(Reason::Draining),
+            _why = tls::cut(self.peer.as_deref(), store) => self.reason = Some(Reason::PeerIdentity),
+            _why = tls::cut(link.peer(), store) => self.reason = Some(Reason::PeerIdentity),
         }
         drop(guard);
     }
@@ -233,7 +243,7 @@ impl Drop for Stream<'_> {
             AccessLog::Errors => self.reason.is_some(),
         };
         if wanted {
-            self.worker.proxy.log.write(&Entry {
+            let written = self.worker.proxy.log.write(&Entry {
                 direction: self.way,
                 protocol: "tcp",
                 reason,
@@ -242,13 +252,16 @@ impl Drop for Stream<'_> {
                 version: &self.version,
                 upstream: self.upstream,
                 client: Some(self.client),
-                peer: self.peer.as_deref().unwrap_or_default(),
+                peer: self.peer.as_ref().map_or("", |peer| peer.identity.as_str()),
                 attempts: self.attempts,
                 duration: self.start.elapsed(),
                 sent: self.copied.sent,
                 received: self.copied.received,
                 ..Entry::default()
             });
+            if !written {
+                metrics.add(Metric::LogDropped, &[], 1);
+            }
         }
     }
 }

@@ -79,3 +79,90 @@ fn a_denied_stream_reaches_nobody() {
         assert!(accepted.is_none(), "the application was reached");
     });
 }
+
+#[test]
+fn streams_count_against_the_connection_limit() {
+    run(async {
+        let app = greeter().await;
+        let mut client = TestProxy::new("web");
+        let mut limited = service("db", retries());
+        limited.backends[0].policy.as_mut().unwrap().breaker.as_mut().unwrap().max_connections = 1;
+        client.service(&limited);
+        client.endpoints("demo/db:80", vec![endpoint("db-0", app, None)]);
+        let outbound = client.serve_outbound(None, Some("10.96.0.1:80".parse().unwrap())).await;
+        let mut first = TcpStream::connect(outbound).await.unwrap();
+        let mut hello = [0; 3];
+        within(first.read_exact(&mut hello)).await.unwrap();
+        assert_eq!(client.total(Metric::UpstreamConnections, &["outbound", "demo/db"]), 1);
+        let mut second = TcpStream::connect(outbound).await.unwrap();
+        let mut got = Vec::new();
+        within(second.read_to_end(&mut got)).await.unwrap();
+        assert!(got.is_empty());
+        assert_eq!(client.logged("outbound")["reason"], "overflow-connections");
+        drop(first);
+        until("the first is over", || client.total(Metric::TcpOpen, &["outbound"]) == 0).await;
+        let mut third = TcpStream::connect(outbound).await.unwrap();
+        within(third.read_exact(&mut hello)).await.unwrap();
+    });
+}
+
+#[test]
+fn a_stream_ends_when_either_side_is_no_longer_trusted() {
+    run(async {
+        for client_distrusts in [false, true] {
+            let app = greeter().await;
+            let mut server = TestProxy::new("db");
+            server.inbound(self_port(app, wire::MtlsMode::Strict));
+            let inbound = server.serve_inbound(app, true).await;
+            let mut client = TestProxy::new("web");
+            client.service(&service("db", retries()));
+            client.endpoints("demo/db:80", vec![endpoint("db-0", inbound, Some("db"))]);
+            let outbound = client.serve_outbound(None, Some("10.96.0.1:80".parse().unwrap())).await;
+            let mut stream = TcpStream::connect(outbound).await.unwrap();
+            let mut hello = [0; 3];
+            within(stream.read_exact(&mut hello)).await.unwrap();
+            let (judge, way) = if client_distrusts { (&client, "outbound") } else { (&server, "inbound") };
+            let bundle = crate::tls::testing::TestCa::new("another mesh").bundle();
+            judge.worker.proxy.identity.set_bundle(bundle).unwrap();
+            let _ = within(stream.read_to_end(&mut Vec::new())).await;
+            until("the stream is over", || judge.total(Metric::TcpOpen, &[way]) == 0).await;
+            assert_eq!(judge.logged(way)["reason"], "peer-identity");
+        }
+    });
+}
+
+#[test]
+fn a_long_lived_stream_is_a_finished_probe() {
+    run(async {
+        let app = greeter().await;
+        let mut client = TestProxy::new("web");
+        let mut fragile = service("db", retries());
+        fragile.backends[0].policy.as_mut().unwrap().outlier = Some(wire::Outlier {
+            consecutive_failures: 1,
+            base_ejection_ms: 1,
+            max_ejection_ms: 1,
+            max_ejected_percent: 100,
+        });
+        client.service(&fragile);
+        client.endpoints("demo/db:80", vec![endpoint("db-0", app, None)]);
+        let outbound = client.serve_outbound(None, Some("10.96.0.1:80".parse().unwrap())).await;
+        let cluster = client.worker.proxy.clusters.get("demo/db:80");
+        let backend = outrigger_core::link::service(&fragile).unwrap().backends[0].clone();
+        let mut open = Vec::new();
+        for _ in 0..2 {
+            let mut rng = fastrand::Rng::with_seed(1);
+            let set = cluster.endpoints();
+            let now = std::time::Instant::now;
+            let guard = outrigger_core::balance::pick(&set, backend.policy.algorithm, &[], now(), &mut rng).unwrap();
+            let failure = outrigger_core::outlier::Outcome::Failure;
+            cluster.outlier.record(&backend.policy.outlier, &set, &guard, failure, now()).unwrap();
+            drop(guard);
+            let state = || set.endpoints()[0].state(now());
+            until("the ejection is over", || state() == outrigger_core::outlier::State::HalfOpen).await;
+            let mut stream = TcpStream::connect(outbound).await.unwrap();
+            within(stream.read_exact(&mut [0; 3])).await.unwrap();
+            assert_eq!(state(), outrigger_core::outlier::State::Healthy);
+            open.push(stream);
+        }
+    });
+}

@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::mpsc::Receiver;
 use std::sync::{Arc, OnceLock};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use clap::Parser;
 use outrigger_core::chain::Bundle;
@@ -13,6 +13,7 @@ use outrigger_core::link;
 use outrigger_proto::mesh as wire;
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair, SanType};
 use rustls_pki_types::PrivateKeyDer;
+use sha2::{Digest, Sha256};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
@@ -24,12 +25,12 @@ use crate::identity::IdentityStore;
 use crate::io::Io;
 use crate::listen::{Inbound, Outbound, Version};
 use crate::log::AccessLog;
-use crate::metrics::Metrics;
-use crate::snapshot::{Snapshot, Target, Workload};
+use crate::metrics::{Metric, Metrics};
+use crate::snapshot::{FilterSlot, Snapshot, Target, Workload};
 use crate::state::Proxy;
 use crate::upstream::Clusters;
 use crate::worker::Worker;
-use crate::{tcp, tls};
+use crate::{filter, tcp, tls};
 
 /// Longest time anything here may take: only a test that hangs meets it.
 pub(crate) const HANG: Duration = Duration::from_secs(20);
@@ -123,6 +124,30 @@ impl TestProxy {
         self.worker.proxy.clusters.set_endpoints(key, 0, endpoints);
     }
 
+    /// Makes a filter known as `filter/demo/<name>`, which replaces one header (or pseudo header) of every request.
+    pub(crate) async fn rewriting_filter(&mut self, name: &str, header: &str, value: &str) {
+        // One per process, as in a proxy: a thread tells filters apart by their number.
+        static PLUGINS: OnceLock<(filter::Plugins, tempfile::TempDir)> = OnceLock::new();
+        let (plugins, _) = PLUGINS.get_or_init(|| {
+            let cache = tempfile::tempdir().unwrap();
+            let compiler = filter::Compiler::InProcess;
+            let settings = filter::Settings { compiler, cache: cache.path().join("filters") };
+            (filter::Plugins::new(settings).unwrap(), cache)
+        });
+        let module = wat::parse_str(rewriting_guest(header, value)).unwrap();
+        let spec = wire::Filter {
+            namespace: "demo".into(),
+            name: name.into(),
+            sha256: hex::encode(Sha256::digest(&module)),
+            // Far above what it needs on a busy machine.
+            call_time_ms: 1000,
+            ..wire::Filter::default()
+        };
+        let plugin = plugins.prepare(&spec, Some(module.into())).await.unwrap();
+        let slot = FilterSlot { plugin: Some(plugin), fail_open: false };
+        self.publish(|snapshot| drop(snapshot.filters.insert(format!("filter/demo/{name}"), slot)));
+    }
+
     /// What the proxy enforces for its application.
     pub(crate) fn inbound(&mut self, port: wire::SelfPort) {
         let wire = wire::Self_ { namespace: "demo".into(), workload: "x".into(), ports: vec![port] };
@@ -152,6 +177,41 @@ impl TestProxy {
         address
     }
 
+    /// Serves what others send to the application in plaintext; without a version, as opaque streams.
+    pub(crate) async fn serve_plaintext(&self, app: SocketAddr, version: Option<Version>) -> SocketAddr {
+        let (listener, address) = listen().await;
+        let worker = self.worker.clone();
+        tokio::task::spawn_local(async move {
+            while let Ok((stream, client)) = listener.accept().await {
+                let app = App { name: "http".into(), address: app, protocol: wire::Protocol::Detect };
+                let (io, info) = (Io::from(stream), Inbound { client, app, peer: None });
+                match version {
+                    Some(version) => {
+                        let info = ConnectionInfo::Inbound(info);
+                        tokio::task::spawn_local(http::serve(io, info, version, worker.clone()))
+                    }
+                    None => tokio::task::spawn_local(tcp::serve_inbound(io, info, worker.clone())),
+                };
+            }
+        });
+        address
+    }
+
+    /// The value of a counter or gauge, see [`Metrics::total`].
+    pub(crate) fn total(&self, metric: Metric, labels: &[&str]) -> i64 {
+        self.worker.proxy.metrics.total(metric, labels)
+    }
+
+    /// The next line of the access log with this direction.
+    pub(crate) fn logged(&self, direction: &str) -> serde_json::Value {
+        loop {
+            let line: serde_json::Value = serde_json::from_str(&self.log.try_recv().unwrap()).unwrap();
+            if line["direction"] == direction {
+                return line;
+            }
+        }
+    }
+
     /// Serves what peers send to the application, mTLS or plaintext HTTP/1.
     pub(crate) async fn serve_inbound(&self, app: SocketAddr, mtls: bool) -> SocketAddr {
         let (listener, address) = listen().await;
@@ -179,7 +239,7 @@ async fn accepted(stream: TcpStream, client: SocketAddr, app: SocketAddr, mtls: 
     let own = worker.proxy.identity.required().unwrap();
     let Ok((stream, peer)) = tls::accept(stream, &own, HANG).await else { return };
     let alpn = stream.get_ref().1.alpn_protocol().map(<[u8]>::to_vec);
-    let info = Inbound { client, app, peer: Some(Arc::new(peer.identity)) };
+    let info = Inbound { client, app, peer: Some(Arc::new(peer)) };
     let version = match alpn.as_deref() {
         Some(tls::ALPN_H2) => Version::Http2,
         Some(tls::ALPN_HTTP1) => Version::Http1,
@@ -212,17 +272,51 @@ fn ca() -> &'static CertifiedIssuer<'static, KeyPair> {
 
 /// A store with a certificate of `demo/<account>`.
 pub(crate) fn identity(account: &str) -> Arc<IdentityStore> {
+    let store = IdentityStore::new(None);
+    let day = SystemTime::now() + Duration::from_secs(24 * 3600);
+    install(&store, account, day);
+    store
+}
+
+/// Gives a store a certificate that expires at `end`.
+pub(crate) fn install(store: &IdentityStore, account: &str, end: SystemTime) {
     let key = KeyPair::generate().unwrap();
     let mut params = CertificateParams::default();
+    params.not_after = end.into();
     params.subject_alt_names = vec![SanType::URI(spiffe(account).try_into().unwrap())];
     params.extended_key_usages =
         vec![rcgen::ExtendedKeyUsagePurpose::ClientAuth, rcgen::ExtendedKeyUsagePurpose::ServerAuth];
     let certificate = params.signed_by(&key, ca()).unwrap();
-    let store = IdentityStore::new(None);
     let private = PrivateKeyDer::try_from(key.serialize_der()).unwrap();
     let bundle = Bundle::new([ca().der().clone()]).unwrap();
     store.install(vec![certificate.der().clone()], &private, bundle).unwrap();
-    store
+}
+
+/// A filter's module: `header` of every request becomes `value`.
+fn rewriting_guest(header: &str, value: &str) -> String {
+    let (h, v) = (header.len(), value.len());
+    format!(
+        r#"(module
+        (import "env" "proxy_replace_header_map_value"
+            (func $replace (param i32 i32 i32 i32 i32) (result i32)))
+        (memory (export "memory") 1)
+        (data (i32.const 1024) "{header}{value}")
+        (func (export "proxy_abi_version_0_2_1"))
+        (func (export "proxy_on_memory_allocate") (param i32) (result i32) (i32.const 4096))
+        (func (export "proxy_on_request_headers") (param i32 i32 i32) (result i32)
+            (call $replace (i32.const 0) (i32.const 1024) (i32.const {h}) (i32.const {start}) (i32.const {v}))))"#,
+        start = 1024 + h,
+    )
+}
+
+/// Waits until something holds.
+pub(crate) async fn until(what: &str, holds: impl Fn() -> bool) {
+    let waiting = async {
+        while !holds() {
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+    };
+    tokio::time::timeout(HANG, waiting).await.unwrap_or_else(|_| panic!("never: {what}"));
 }
 
 /// The identity of `demo/<account>`.

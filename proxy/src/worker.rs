@@ -77,12 +77,13 @@ pub struct Worker {
 impl Worker {
     /// A worker of the calling thread.
     pub fn new(proxy: Arc<Proxy>, index: usize) -> Rc<Self> {
+        let metrics = proxy.metrics.local();
         Rc::new(Self {
             index,
-            metrics: proxy.metrics.local(),
+            pools: Pools::new(proxy.clone(), metrics.clone()),
+            metrics,
             drain: proxy.drain.watch(),
             rng: RefCell::new(fastrand::Rng::new()),
-            pools: Pools::new(proxy.clone()),
             labels: Labels::new(&proxy.settings),
             load: proxy.workers.get(index).cloned().unwrap_or_default(),
             snapshots: RefCell::new(Cache::new(proxy.directory.cell())),

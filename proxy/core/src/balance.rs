@@ -177,14 +177,20 @@ impl Guard {
             self.endpoint.live.ewma.at_least(now.saturating_duration_since(self.started), now);
         }
     }
+
+    /// How the endpoint does is known and recorded, though the attempt goes on (WebSocket, TCP): a half-open endpoint's
+    /// permit comes back now.
+    pub fn settled(&mut self) {
+        if std::mem::take(&mut self.probe) {
+            self.endpoint.live.health.probe_done();
+        }
+    }
 }
 
 impl Drop for Guard {
     fn drop(&mut self) {
         self.endpoint.live.in_flight.fetch_sub(1, Relaxed);
-        if self.probe {
-            self.endpoint.live.health.probe_done();
-        }
+        self.settled();
     }
 }
 

@@ -115,13 +115,34 @@ pub fn request(head: &mut request::Parts, rules: &Rules<'_>) -> Result<Canonical
     if rules.direction == Direction::Inbound {
         inbound(&mut head.headers, rules);
     }
-    let mut path = path::canonical(head.uri.path(), rules.path_rules)?;
-    if rules.path_rules
-        && let Some(new) = path.take()
-    {
+    let path = canonical_path(head, rules.path_rules)?;
+    Ok(Canonical { path, is_grpc: is_grpc(head), upgrade, trailers })
+}
+
+/// Normalises a request head again, of which filters changed method, path or authority. Headers are left alone: what the first
+/// time took away came from outside, what is there now comes from filters of one's own.
+///
+/// # Errors
+/// The reason for which the request is refused.
+pub fn again(head: &mut request::Parts, path_rules: bool, before: &Canonical) -> Result<Canonical, Reason> {
+    if head.method == Method::CONNECT {
+        return Err(Reason::ConnectRefused);
+    }
+    if before.upgrade && head.method != Method::GET {
+        return Err(Reason::BadRequest);
+    }
+    host(head)?;
+    let path = canonical_path(head, path_rules)?;
+    Ok(Canonical { path, is_grpc: is_grpc(head), ..*before })
+}
+
+/// The canonical path, unless the path is it already or, with path rules, has been made it.
+fn canonical_path(head: &mut request::Parts, path_rules: bool) -> Result<Option<String>, Reason> {
+    let mut path = path::canonical(head.uri.path(), path_rules)?;
+    if path_rules && let Some(new) = path.take() {
         set_path(&mut head.uri, new)?;
     }
-    Ok(Canonical { path, is_grpc: is_grpc(head), upgrade, trailers })
+    Ok(path)
 }
 
 /// Normalises a response head: hop-by-hop headers go; so does `x-outrigger-*`, unless a proxy of the mesh says it.

@@ -149,7 +149,8 @@ fn unprocessed(failure: Failure) -> bool {
     }
 }
 
-fn overload(reason: Reason) -> bool {
+/// A proxy refused for the sake of its own limits: that says nothing about the endpoint.
+pub fn overload(reason: Reason) -> bool {
     matches!(reason, Reason::OverflowPending | Reason::OverflowRequests | Reason::OverflowConnections)
 }
 

@@ -19,7 +19,8 @@ use super::exchange::{Answer, Exchange, Failure};
 use super::request::{self as outgoing, Outgoing};
 use super::respond;
 use crate::metrics::{Local, Metric};
-use crate::upstream::{Cluster, ConnectError, Lease, Security, SendError, Target};
+use crate::tls::Peer;
+use crate::upstream::{Cluster, ConnectError, Lease, Security, SendError, Target, Wire};
 use crate::worker::Worker;
 
 /// The last attempt of an exchange, held until its response's body ends.
@@ -30,8 +31,8 @@ pub(super) struct Attempt {
     lease: Option<Lease>,
     /// The response came from a proxy of the mesh
     trusted: bool,
-    /// The endpoint's status is a failure of its own
-    failing: bool,
+    /// What the response's head says of the endpoint; trailers may say worse
+    outcome: Outcome,
     /// When the whole request has to be over
     pub(super) deadline: Option<Instant>,
     /// The client's side of an upgrade
@@ -97,8 +98,7 @@ impl Attempt {
     /// The response's body ended well.
     pub(super) fn succeeded(mut self, trailers: Option<&HeaderMap>) {
         let unavailable = trailers.and_then(respond::grpc_status).is_some_and(grpc_failure);
-        let failing = self.failing || unavailable;
-        self.report(if failing { Outcome::Failure } else { Outcome::Success });
+        self.report(if unavailable { Outcome::Failure } else { self.outcome });
         if let Some(lease) = self.lease.take() {
             lease.give_back();
         }
@@ -114,12 +114,26 @@ impl Attempt {
         self.report(Outcome::Neutral);
     }
 
+    /// An upgrade: the endpoint answered, which is all that counts of it.
+    pub(super) fn connected(&mut self) {
+        self.report(Outcome::Success);
+        if let Some(chosen) = &mut self.chosen {
+            chosen.guard.settled();
+        }
+    }
+
+    /// Who proved to be at the other end of an upgraded connection.
+    pub(super) fn peer(&self) -> Option<&Peer> {
+        self.lease.as_ref()?.peer()
+    }
+
     fn report(&self, outcome: Outcome) {
         let Some(chosen) = &self.chosen else { return };
         chosen.call.record(&chosen.guard, outcome, Instant::now());
         let word = match outcome {
             Outcome::Success => "success",
             Outcome::Failure => "failure",
+            Outcome::Neutral if self.outcome == Outcome::Neutral => "refused",
             Outcome::Neutral => "cancelled",
         };
         chosen.metrics.add(Metric::Attempts, &[&chosen.call.service, word], 1);
@@ -179,6 +193,8 @@ type Responded = (Response<Incoming>, Lease);
 pub(super) async fn direct(x: &mut Exchange, target: &Target, mut out: Outgoing) -> Result<Answer, Failure> {
     let trusted = matches!(target.security, Security::Mtls { .. });
     x.upstream = Some(target.address);
+    // Over HTTP/2 a peer may say that it did nothing with a request that it has: only there is it needed again.
+    out.once = target.wire == Wire::Http1;
     let worker = x.connection.worker.clone();
     // Connections that were idle too long hand the request back; a new one does not.
     for _ in 0..=STALE {
@@ -186,10 +202,11 @@ pub(super) async fn direct(x: &mut Exchange, target: &Target, mut out: Outgoing)
         match send(&worker, target, &mut out).await {
             Ok((response, lease)) => {
                 let (lease, upgrade) = (Some(lease), out.upgrade);
-                let attempt = Attempt { chosen: None, lease, trusted, failing: false, deadline: None, upgrade };
+                let attempt =
+                    Attempt { chosen: None, lease, trusted, outcome: Outcome::Success, deadline: None, upgrade };
                 return Ok(Answer::Upstream(response, Box::new(attempt)));
             }
-            Err(Failed { kind: retry::Failure::Unprocessed, .. }) if out.body.replayable() => {}
+            Err(Failed { kind: retry::Failure::Unprocessed, .. }) if out.replayable() => {}
             Err(failed) => return Err(failed.answer),
         }
     }
@@ -208,8 +225,8 @@ async fn send(worker: &Worker, target: &Target, out: &mut Outgoing) -> Result<Re
         Ok(response) => Ok((response, lease)),
         Err(SendError { unsent, error }) => {
             let back = unsent.is_some();
-            if let Some(body) = unsent {
-                out.body.take_back(body);
+            if let Some(request) = unsent {
+                out.take_back(request);
             }
             Err(Failed::sent(back, &error))
         }
@@ -253,7 +270,8 @@ impl Run {
         let policy = &call.rule.policy;
         let deadline = policy.request_timeout.map(|timeout| x.start + timeout);
         let idempotent = retry::idempotent(&out.head.method, &out.head.headers);
-        out.body.prepare(idempotent && policy.retries.attempts > 0);
+        out.once = policy.retries.attempts == 0;
+        out.body.prepare(idempotent && !out.once);
         let worker = x.connection.worker.clone();
         let plan = Plan::new(idempotent, deadline);
         Ok(Self { worker, call: Rc::new(call), out, plan, deadline, tried: Vec::new(), request, retry: None })
@@ -298,9 +316,9 @@ impl Run {
                 failed.kind
             }
         };
-        let failing = blame(failure) == Outcome::Failure;
+        let outcome = blame(failure);
         if let Some((wait, permit)) = self.again(failure, now) {
-            self.call.record(&guard, blame(failure), now);
+            self.call.record(&guard, outcome, now);
             self.count("retried");
             self.tried.push(guard.endpoint().clone());
             self.retry = Some(permit);
@@ -313,10 +331,10 @@ impl Run {
                 let chosen = Chosen { guard, call: self.call.clone(), metrics, _request: request, _retry: retry };
                 let upgrade = self.out.upgrade.take();
                 let (chosen, lease, deadline) = (Some(chosen), Some(lease), self.deadline);
-                Ok(Answer::Upstream(response, Box::new(Attempt { chosen, lease, trusted, failing, deadline, upgrade })))
+                Ok(Answer::Upstream(response, Box::new(Attempt { chosen, lease, trusted, outcome, deadline, upgrade })))
             }
             Err(failed) => {
-                self.call.record(&guard, blame(failure), now);
+                self.call.record(&guard, outcome, now);
                 self.count(failed.answer.reason.code());
                 Err(failed.answer)
             }
@@ -325,7 +343,7 @@ impl Run {
 
     fn again(&mut self, failure: retry::Failure, now: Instant) -> Option<(Duration, Permit)> {
         let (call, policy) = (&self.call, &self.call.backend.policy);
-        let replayable = self.out.body.replayable();
+        let replayable = self.out.replayable();
         let budget = (call.cluster.budget(&policy.budget), &policy.budget);
         let rng = &mut self.worker.rng.borrow_mut();
         match self.plan.next(&call.rule.policy.retries, failure, replayable, budget, now, rng) {
@@ -354,6 +372,8 @@ fn blame(failure: retry::Failure) -> Outcome {
     let failed = match failure {
         retry::Failure::Connect | retry::Failure::Reset | retry::Failure::PerTryTimeout => true,
         retry::Failure::Unprocessed | retry::Failure::Overflow => return Outcome::Neutral,
+        // The far proxy sheds load: ejecting its endpoint would push that load onto the others.
+        retry::Failure::Response { reason: Some(reason), .. } if retry::overload(reason) => return Outcome::Neutral,
         retry::Failure::Response { status, grpc, .. } => status >= 500 || grpc.is_some_and(grpc_failure),
     };
     if failed { Outcome::Failure } else { Outcome::Success }

@@ -5,17 +5,19 @@ use std::sync::Arc;
 use std::time::{Instant, SystemTime};
 
 use ::http::header::HOST;
-use ::http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Uri, Version, request, response};
+use ::http::{
+    HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, Uri, Version, request, response,
+};
 use bytes::Bytes;
 use hyper::body::Incoming;
 use hyper::upgrade::OnUpgrade;
-use outrigger_core::link::{AccessLog, InboundPort, Mesh};
+use outrigger_core::link::{AccessLog, InboundPort, Mesh, Rule};
 use outrigger_core::normalize::{self, Direction, trace};
 use outrigger_core::reason::Reason;
 
 use super::attempt::Attempt;
 use super::body::{BodyError, ResponseBody, Tail};
-use super::{Connection, Way, head, inbound, outbound, respond, response as reply, upgrade};
+use super::{Connection, Way, head, inbound, outbound, respond, response as reply, serve, upgrade};
 use crate::filter::{Chain, Outcome as Filtered, StreamInfo};
 use crate::log::Entry;
 use crate::metrics::Metric;
@@ -90,6 +92,29 @@ pub(super) struct Incomer {
     pub(super) upgrade: Option<OnUpgrade>,
 }
 
+/// What policies and routes look at, and filters may change.
+pub(super) struct Judged {
+    method: Method,
+    uri: Uri,
+    host: Option<HeaderValue>,
+}
+
+impl Judged {
+    pub(super) fn of(head: &request::Parts) -> Self {
+        Self { method: head.method.clone(), uri: head.uri.clone(), host: head.headers.get(HOST).cloned() }
+    }
+
+    /// Nothing of it was changed.
+    pub(super) fn holds(&self, head: &request::Parts) -> bool {
+        self.method == head.method && self.uri == head.uri && self.same_authority(head)
+    }
+
+    /// The authority was not changed.
+    pub(super) fn same_authority(&self, head: &request::Parts) -> bool {
+        self.host.as_ref() == head.headers.get(HOST) && self.uri.authority() == head.uri.authority()
+    }
+}
+
 /// Keeps the connection from being idle.
 #[derive(Debug)]
 pub(super) struct Running {
@@ -117,12 +142,16 @@ pub(super) async fn handle(
     request: Request<Incoming>,
 ) -> Result<Response<ResponseBody>, BodyError> {
     let running = Running::new(&connection);
+    if connection.phase.take_ambiguous() {
+        connection.worker.metrics.add(Metric::Ambiguous, &[connection.way().name()], 1);
+    }
     let (mut head, body) = request.into_parts();
     let upgrade = head.extensions.remove::<OnUpgrade>();
     let mut exchange = Box::new(Exchange::new(connection, &head));
     let hops = reply::Hops::of(&head);
     let incomer = Incomer { head, body, upgrade };
     let answer = match exchange.connection.way() {
+        _ if too_large(&incomer.head) => Err(Reason::HeadersTooLarge.into()),
         Way::Outbound => outbound::handle(&mut exchange, incomer).await,
         Way::Inbound => inbound::handle(&mut exchange, incomer).await,
     };
@@ -137,6 +166,12 @@ pub(super) async fn handle(
     let mut response = response?;
     hops.restore(&mut response);
     Ok(response.map(|body| ResponseBody::full(body).holding(running)))
+}
+
+/// HTTP/2: the header list as RFC 9113 6.5.2 counts it. Of HTTP/1 hyper has seen to that.
+fn too_large(head: &request::Parts) -> bool {
+    let size = |(name, value): (&HeaderName, &HeaderValue)| name.as_str().len() + value.len() + 32;
+    head.version == Version::HTTP_2 && head.headers.iter().map(size).sum::<usize>() > serve::MAX_HEAD
 }
 
 impl Exchange {
@@ -357,6 +392,14 @@ impl Exchange {
         uri.or_else(|| self.host.as_ref()?.to_str().ok()).unwrap_or_default()
     }
 
+    /// The rule that a request is sent by.
+    pub(super) fn select(&mut self, rule: &Rule) {
+        self.route = rule.name.clone();
+        if let Some(chain) = self.chain.as_mut().filter(|chain| !chain.is_empty()) {
+            chain.info_mut().route = Some(rule.name.clone());
+        }
+    }
+
     fn write_log(&self, status: u16, reason: &str) {
         let wanted = match self.access_log {
             AccessLog::Off => false,
@@ -367,7 +410,7 @@ impl Exchange {
             return;
         }
         let connection = &self.connection;
-        connection.worker.proxy.log.write(&Entry {
+        let written = connection.worker.proxy.log.write(&Entry {
             direction: connection.way().name(),
             protocol: respond::version(self.version),
             method: self.method.as_str(),
@@ -388,6 +431,9 @@ impl Exchange {
             received: self.received,
             trace: self.trace,
         });
+        if !written {
+            connection.worker.metrics.add(Metric::LogDropped, &[], 1);
+        }
     }
 }
 

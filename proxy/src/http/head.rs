@@ -7,7 +7,7 @@
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
@@ -31,6 +31,8 @@ pub(crate) struct Phase(Arc<Shared>);
 #[derive(Debug, Default)]
 struct Shared {
     phase: AtomicU8,
+    /// The head that is being read states its length twice.
+    ambiguous: AtomicBool,
     /// hyper does not read again what was not readable during an exchange; the idle time has to begin all the same.
     reader: AtomicWaker,
 }
@@ -40,6 +42,11 @@ impl Phase {
     pub(crate) fn exchange(&self) -> Mark {
         self.set(EXCHANGE);
         Mark(self.clone())
+    }
+
+    /// Whether the head that was read last had both Content-Length and Transfer-Encoding, which hyper does not tell.
+    pub(crate) fn take_ambiguous(&self) -> bool {
+        self.0.ambiguous.load(Ordering::Relaxed) && self.0.ambiguous.swap(false, Ordering::Relaxed)
     }
 
     fn get(&self) -> u8 {
@@ -153,6 +160,19 @@ fn bare_error(bytes: &[u8]) -> Option<Reason> {
     bare.then_some(reason)
 }
 
+/// A chunked request that states a length as well: hyper goes by its chunks, hides the length and closes afterwards (RFC 9112
+/// 6.3). A head that arrives in pieces may go unnoticed: this is for a counter.
+fn ambiguous(bytes: &[u8]) -> bool {
+    // Hardly any head has it: one quick search says so.
+    if memchr::memmem::find(bytes, b"hunked").is_none() {
+        return false;
+    }
+    let lines = || bytes.split(|byte| *byte == b'\n').take_while(|line| !line.trim_ascii().is_empty());
+    let has =
+        |name: &[u8]| lines().any(|line| line.get(..name.len()).is_some_and(|start| start.eq_ignore_ascii_case(name)));
+    has(b"transfer-encoding:") && has(b"content-length:")
+}
+
 /// A whole response, as bytes.
 fn raw(reason: Reason) -> Bytes {
     let (status, body) = (reason.status(), respond::text(reason, ""));
@@ -178,8 +198,12 @@ impl AsyncRead for Guarded {
             if self.phase.get() != HEAD {
                 self.waiting = None;
             }
-            if self.phase.get() == IDLE && buf.filled().len() > before {
+            let phase = self.phase.get();
+            if phase == IDLE && buf.filled().len() > before {
                 self.phase.set(HEAD);
+            }
+            if phase != EXCHANGE && ambiguous(&buf.filled()[before..]) {
+                self.phase.0.ambiguous.store(true, Ordering::Relaxed);
             }
             return Poll::Ready(Ok(()));
         }

@@ -2,8 +2,7 @@
 
 use std::time::Duration;
 
-use ::http::header::HOST;
-use ::http::{HeaderValue, Method, Uri, request};
+use ::http::request;
 use outrigger_core::authz;
 use outrigger_core::link::{InboundPort, MtlsMode};
 use outrigger_core::normalize::{self, Canonical, Direction, Rules};
@@ -11,11 +10,11 @@ use outrigger_core::reason::Reason;
 
 use super::ConnectionInfo;
 use super::attempt;
-use super::exchange::{Answer, Exchange, Failure, Incomer};
+use super::exchange::{Answer, Exchange, Failure, Incomer, Judged};
 use super::request::{self as outgoing, Outgoing};
 use crate::metrics::Metric;
 use crate::snapshot::Snapshot;
-use crate::upstream::Target;
+use crate::upstream::{Label, Target};
 
 /// The application is on the same host: this is long.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
@@ -41,7 +40,7 @@ pub(super) async fn handle(x: &mut Exchange, mut inc: Incomer) -> Result<Answer,
         Filtered::Answer(answer) => return Ok(answer),
     };
     let wire = outgoing::wire(port.protocol, inc.head.version);
-    let target = Target::plain(info.app.address, wire, CONNECT_TIMEOUT, IDLE_TIMEOUT);
+    let target = Target::plain(info.app.address, wire, CONNECT_TIMEOUT, IDLE_TIMEOUT, Label::inbound(&x.service));
     let Incomer { head, body, upgrade } = inc;
     attempt::direct(x, &target, Outgoing::new(head, &canonical, body, upgrade)).await
 }
@@ -116,21 +115,10 @@ fn filtered(
     if let Some(answer) = x.filter_request(&mut inc.head, end)? {
         return Ok(Filtered::Answer(answer));
     }
-    if before == Judged::of(&inc.head) {
+    if before.holds(&inc.head) {
         return Ok(Filtered::Continue(canonical));
     }
-    let path = normalize::canonical(inc.head.uri.path(), port.authorization.path_rules)?;
-    let again = Canonical { path, ..canonical };
+    let again = normalize::again(&mut inc.head, port.authorization.path_rules, &canonical)?;
     authorize(x, port, &inc.head, &again)?;
     Ok(Filtered::Continue(again))
-}
-
-/// What policies look at, and filters may change.
-#[derive(PartialEq)]
-struct Judged(Method, Uri, Option<HeaderValue>);
-
-impl Judged {
-    fn of(head: &request::Parts) -> Self {
-        Self(head.method.clone(), head.uri.clone(), head.headers.get(HOST).cloned())
-    }
 }

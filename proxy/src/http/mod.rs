@@ -17,17 +17,17 @@ mod upgrade;
 pub use body::{ReplayBuffer, RequestBody, ResponseBody};
 pub use serve::serve;
 
-use std::cell::{Cell, OnceCell, RefCell};
+use std::cell::{Cell, OnceCell};
 use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use ::http::HeaderValue;
-use outrigger_core::key::Key;
 use outrigger_core::normalize;
 use outrigger_core::spiffe::SpiffeId;
 
 use crate::listen;
+use crate::tls::Peer;
 use crate::worker::Worker;
 
 /// From the application, or to it.
@@ -73,12 +73,7 @@ pub(crate) struct Connection {
     running: Cell<u32>,
     /// `x-forwarded-client-cert`, made at the first request
     xfcc: OnceCell<Option<HeaderValue>>,
-    /// Explicit mode: the last request's `Host`, and what it named
-    asked: RefCell<Option<(HeaderValue, Rc<Asked>)>>,
 }
-
-/// A destination, and the port that was written with it.
-type Asked = (Key, Option<u16>);
 
 impl Connection {
     fn new(info: ConnectionInfo, worker: Rc<Worker>) -> Self {
@@ -92,7 +87,6 @@ impl Connection {
             requests: Cell::new(0),
             running: Cell::new(0),
             xfcc: OnceCell::new(),
-            asked: RefCell::default(),
         }
     }
 
@@ -129,6 +123,14 @@ impl Connection {
 
     /// The identity that the client proved.
     fn peer(&self) -> Option<&SpiffeId> {
+        match &self.info {
+            ConnectionInfo::Outbound(_) => None,
+            ConnectionInfo::Inbound(info) => info.identity(),
+        }
+    }
+
+    /// The same with what it rests on.
+    fn proof(&self) -> Option<&Peer> {
         match &self.info {
             ConnectionInfo::Outbound(_) => None,
             ConnectionInfo::Inbound(info) => info.peer.as_deref(),

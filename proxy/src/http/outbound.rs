@@ -1,13 +1,11 @@
 //! From the own application: where to, by which rule, to which backend.
 
 use std::net::SocketAddr;
-use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use ::http::header::HOST;
 use ::http::uri::Authority;
-use ::http::{HeaderValue, Response, Uri, request};
+use ::http::{HeaderValue, Response, request};
 use bytes::Bytes;
 use outrigger_core::key::{self, Key, Named};
 use outrigger_core::link::{OutboundTraffic, Port, Protocol, Service};
@@ -15,12 +13,14 @@ use outrigger_core::normalize::{self, Canonical, Direction, Rules};
 use outrigger_core::reason::Reason;
 use outrigger_core::route::{self, Selected, Split};
 
+use super::ConnectionInfo;
 use super::attempt::{self, Call};
-use super::exchange::{Answer, Exchange, Failure, Incomer};
+use super::exchange::{Answer, Exchange, Failure, Incomer, Judged};
 use super::request::{self as outgoing, Outgoing};
-use super::{Asked, Connection, ConnectionInfo};
+use crate::listen;
 use crate::snapshot::{self, Snapshot};
-use crate::upstream::Target;
+use crate::upstream::{Label, Target};
+use crate::worker::Worker;
 
 /// Destinations outside the mesh may be far away.
 const OUTSIDE_CONNECT: Duration = Duration::from_secs(10);
@@ -31,22 +31,47 @@ pub(super) async fn handle(x: &mut Exchange, mut inc: Incomer) -> Result<Answer,
     let connection = x.connection.clone();
     let ConnectionInfo::Outbound(info) = &connection.info else { return Err(Reason::Internal.into()) };
     let worker = &connection.worker;
-    let canonical = normalized(x, &mut inc.head)?;
-    let asked = match info.destination {
-        Some(address) => Rc::new((Key::Ip(address), Some(address.port()))),
-        None => remembered(&connection, &inc.head)?,
-    };
-    let (key, port) = (&asked.0, asked.1);
-    let (snapshot, target) = worker.find(key).await?;
-    x.begin_outbound(&snapshot);
-    x.begin_trace(&mut inc.head.headers, snapshot.mesh.as_deref());
-    match target {
-        snapshot::Target::Service(service) => to_service(x, &snapshot, &service, port, inc, canonical).await,
-        snapshot::Target::Workload(workload) => to_workload(x, &workload, inc, &canonical).await,
+    let mut canonical = normalized(x, &mut inc.head)?;
+    let mut place = Place::find(worker, info, &inc.head).await?;
+    x.begin_outbound(&place.snapshot);
+    x.begin_trace(&mut inc.head.headers, place.snapshot.mesh.as_deref());
+    match filtered(x, &place, &mut inc, &canonical)? {
+        Filtered::Unchanged => {}
+        // What the filters wrote is judged as if the application had written it, once; they do not see it again.
+        Filtered::Changed { elsewhere } => {
+            canonical = normalize::again(&mut inc.head, false, &canonical)?;
+            if elsewhere && info.destination.is_none() {
+                place = Place::find(worker, info, &inc.head).await?;
+            }
+        }
+        Filtered::Answer(answer) => return Ok(answer),
+    }
+    match &place.target {
+        snapshot::Target::Service(service) => to_service(x, service, place.port, inc, &canonical).await,
+        snapshot::Target::Workload(workload) => to_workload(x, workload, inc, &canonical).await,
         snapshot::Target::Absent => match info.destination {
-            Some(address) => outside(x, &snapshot, address, inc, &canonical).await,
-            None => Err(Failure::new(Reason::UnknownService, key.to_string())),
+            Some(address) => outside(x, &place.snapshot, address, inc, &canonical).await,
+            None => Err(Failure::new(Reason::UnknownService, place.key.to_string())),
         },
+    }
+}
+
+/// Where a request goes, as discovery has it.
+struct Place {
+    key: Key,
+    port: Option<u16>,
+    snapshot: Arc<Snapshot>,
+    target: snapshot::Target,
+}
+
+impl Place {
+    async fn find(worker: &Worker, info: &listen::Outbound, head: &request::Parts) -> Result<Self, Failure> {
+        let (key, port) = match info.destination {
+            Some(address) => (Key::Ip(address), Some(address.port())),
+            None => named(head, &worker.proxy.settings.namespace)?,
+        };
+        let (snapshot, target) = worker.find(&key).await?;
+        Ok(Self { key, port, snapshot, target })
     }
 }
 
@@ -57,22 +82,8 @@ fn normalized(x: &mut Exchange, head: &mut request::Parts) -> Result<Canonical, 
     Ok(canonical)
 }
 
-/// Explicit mode: what the authority names. A client's connection asks for the same one again as a rule, so the last
-/// reading is kept.
-fn remembered(connection: &Connection, head: &request::Parts) -> Result<Rc<Asked>, Failure> {
-    let host = head.headers.get(HOST);
-    if let (Some(host), Some((last, asked))) = (host, &*connection.asked.borrow())
-        && host == last
-    {
-        return Ok(asked.clone());
-    }
-    let asked = Rc::new(named(head, &connection.worker.proxy.settings.namespace)?);
-    *connection.asked.borrow_mut() = host.map(|host| (host.clone(), asked.clone()));
-    Ok(asked)
-}
-
 /// Explicit mode: the authority names the service.
-fn named(head: &request::Parts, namespace: &str) -> Result<Asked, Failure> {
+fn named(head: &request::Parts, namespace: &str) -> Result<(Key, Option<u16>), Failure> {
     let authority = outgoing::authority(&head.uri, &head.headers).ok_or(Reason::BadRequest)?;
     let unreadable = || Failure::new(Reason::BadRequest, format!("the authority `{authority}` cannot be read"));
     let (named, port) = key::canonicalise(authority.as_str(), namespace).ok_or_else(unreadable)?;
@@ -91,65 +102,61 @@ fn named(head: &request::Parts, namespace: &str) -> Result<Asked, Failure> {
 
 async fn to_service(
     x: &mut Exchange,
-    snapshot: &Snapshot,
-    service: &Arc<Service>,
+    service: &Service,
     port: Option<u16>,
-    mut inc: Incomer,
-    canonical: Canonical,
+    inc: Incomer,
+    canonical: &Canonical,
 ) -> Result<Answer, Failure> {
-    x.service = service.label.clone();
-    let unknown =
-        || Failure::new(Reason::UnknownPort, format!("{} has no port {}", x.service, port.unwrap_or_default()));
-    let port = service.port(port).ok_or_else(unknown)?;
-    let canonical = match filtered(x, snapshot, port, &mut inc, canonical)? {
-        Filtered::Continue(canonical) => canonical,
-        Filtered::Answer(answer) => return Ok(answer),
-    };
-    let head = route::Head {
-        method: &inc.head.method,
-        path: canonical.path(&inc.head.uri),
-        query: inc.head.uri.query(),
-        headers: &inc.head.headers,
-    };
-    let selected = route::select(port, &head).ok_or(Reason::NoRoute)?;
-    x.route = selected.rule.name.clone();
-    if let Some(answer) = redirected(&selected, port, &inc.head, &canonical) {
+    let port = enter(x, service, port)?;
+    let selected = select(port, &inc.head, canonical).ok_or(Reason::NoRoute)?;
+    x.select(selected.rule);
+    if let Some(answer) = redirected(&selected, port, &inc.head, canonical) {
         return Ok(answer);
     }
     let call = chosen(x, &selected)?;
     let Incomer { head, body, upgrade } = inc;
-    let mut out = Outgoing::new(head, &canonical, body, upgrade);
+    let mut out = Outgoing::new(head, canonical, body, upgrade);
     change(&mut out.head, &call, &selected);
     attempt::routed(x, call, out).await
 }
 
+/// The port of the service that is meant.
+fn enter<'a>(x: &mut Exchange, service: &'a Service, port: Option<u16>) -> Result<&'a Port, Failure> {
+    x.service = service.label.clone();
+    let unknown =
+        || Failure::new(Reason::UnknownPort, format!("{} has no port {}", service.label, port.unwrap_or_default()));
+    service.port(port).ok_or_else(unknown)
+}
+
+fn select<'a>(port: &'a Port, head: &request::Parts, canonical: &Canonical) -> Option<Selected<'a>> {
+    let (path, query) = (canonical.path(&head.uri), head.uri.query());
+    route::select(port, &route::Head { method: &head.method, path, query, headers: &head.headers })
+}
+
 enum Filtered {
-    Continue(Canonical),
+    Unchanged,
+    Changed { elsewhere: bool },
     Answer(Answer),
 }
 
-fn filtered(
-    x: &mut Exchange,
-    snapshot: &Snapshot,
-    port: &Port,
-    inc: &mut Incomer,
-    canonical: Canonical,
-) -> Result<Filtered, Failure> {
+/// Runs the filters of the service's port. They are told the rule that would be used of what the application wrote.
+fn filtered(x: &mut Exchange, place: &Place, inc: &mut Incomer, canonical: &Canonical) -> Result<Filtered, Failure> {
+    let snapshot::Target::Service(service) = &place.target else { return Ok(Filtered::Unchanged) };
+    let port = enter(x, service, place.port)?;
     if port.filters.is_empty() {
-        return Ok(Filtered::Continue(canonical));
+        return Ok(Filtered::Unchanged);
     }
-    x.chain(snapshot, &port.filters)?;
-    let before: Uri = inc.head.uri.clone();
+    if let Some(selected) = select(port, &inc.head, canonical) {
+        x.select(selected.rule);
+    }
+    x.chain(&place.snapshot, &port.filters)?;
+    let before = Judged::of(&inc.head);
     let end = http_body::Body::is_end_stream(&inc.body);
-    if let Some(answer) = x.filter_request(&mut inc.head, end)? {
-        return Ok(Filtered::Answer(answer));
-    }
-    if before == inc.head.uri {
-        return Ok(Filtered::Continue(canonical));
-    }
-    // Routing comes after the filters, so what they wrote is what it sees.
-    let path = normalize::canonical(inc.head.uri.path(), false)?;
-    Ok(Filtered::Continue(Canonical { path, ..canonical }))
+    Ok(match x.filter_request(&mut inc.head, end)? {
+        Some(answer) => Filtered::Answer(answer),
+        None if before.holds(&inc.head) => Filtered::Unchanged,
+        None => Filtered::Changed { elsewhere: !before.same_authority(&inc.head) },
+    })
 }
 
 /// Draws the backend, once for all attempts.
@@ -226,7 +233,7 @@ async fn outside(
     }
     x.service = x.connection.worker.labels.outside.clone();
     let wire = outgoing::wire(Protocol::Detect, inc.head.version);
-    let target = Target::plain(address, wire, OUTSIDE_CONNECT, OUTSIDE_IDLE);
+    let target = Target::plain(address, wire, OUTSIDE_CONNECT, OUTSIDE_IDLE, Label::outbound(&x.service));
     let Incomer { head, body, upgrade } = inc;
     attempt::direct(x, &target, Outgoing::new(head, canonical, body, upgrade)).await
 }

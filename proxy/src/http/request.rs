@@ -21,6 +21,10 @@ pub(super) struct Outgoing {
     pub(super) head: request::Parts,
     pub(super) body: Sendable,
     pub(super) upgrade: Option<OnUpgrade>,
+    /// There is no other attempt, whatever happens, unless hyper hands the request back
+    pub(super) once: bool,
+    /// The headers went with an attempt
+    gone: bool,
     trailers: bool,
 }
 
@@ -51,7 +55,7 @@ impl Sendable {
     }
 
     /// Whether an attempt could have the whole body now.
-    pub(super) fn replayable(&self) -> bool {
+    fn replayable(&self) -> bool {
         match self {
             Self::Empty => true,
             Self::Once(body) => body.is_some(),
@@ -59,8 +63,7 @@ impl Sendable {
         }
     }
 
-    /// hyper did not send this one.
-    pub(super) fn take_back(&mut self, body: RequestBody) {
+    fn take_back(&mut self, body: RequestBody) {
         if let Self::Once(place) = self {
             *place = body.into_incoming();
         }
@@ -89,15 +92,42 @@ impl Outgoing {
     /// From a normalised request.
     pub(super) fn new(head: request::Parts, canonical: &Canonical, body: Incoming, upgrade: Option<OnUpgrade>) -> Self {
         let upgrade = upgrade.filter(|_| canonical.upgrade);
-        Self { head, body: Sendable::new(body), upgrade, trailers: canonical.trailers }
+        Self { head, body: Sendable::new(body), upgrade, once: false, gone: false, trailers: canonical.trailers }
+    }
+
+    /// Whether an attempt could have the whole request now.
+    pub(super) fn replayable(&self) -> bool {
+        !self.gone && self.body.replayable()
+    }
+
+    /// hyper did not send this one.
+    pub(super) fn take_back(&mut self, request: Request<RequestBody>) {
+        let (mut head, body) = request.into_parts();
+        self.body.take_back(body);
+        if std::mem::take(&mut self.gone) {
+            // HTTP/2 has it in the URI; what else was made for the hop is made again.
+            if let Some(host) = head.uri.authority().filter(|_| !head.headers.contains_key(HOST)).and_then(host) {
+                head.headers.insert(HOST, host);
+            }
+            self.head.headers = head.headers;
+        }
+    }
+
+    /// The headers of one attempt: a copy only where there may be another.
+    fn headers(&mut self) -> HeaderMap {
+        if self.once || matches!(self.body, Sendable::Once(_)) {
+            self.gone = true;
+            return std::mem::take(&mut self.head.headers);
+        }
+        self.head.headers.clone()
     }
 
     /// The request of one attempt. `None`: its body is gone.
     pub(super) fn request(&mut self, wire: Wire) -> Option<Request<RequestBody>> {
-        let body = self.body.take()?;
+        let body = if self.gone { None } else { self.body.take() }?;
         let mut request = Request::new(body);
         *request.method_mut() = self.head.method.clone();
-        *request.headers_mut() = self.head.headers.clone();
+        *request.headers_mut() = self.headers();
         match wire {
             Wire::Http2 => self.http2(&mut request),
             Wire::Http1 | Wire::Tcp => self.http1(&mut request),

@@ -13,11 +13,12 @@ use super::{Connection, ConnectionInfo, Way, exchange};
 use crate::io::Io;
 use crate::listen::Version;
 use crate::metrics::Metric;
+use crate::tls;
 use crate::upstream::LocalExecutor;
 use crate::worker::Worker;
 
 /// Header block, bytes.
-const MAX_HEAD: usize = 64 * 1024;
+pub(super) const MAX_HEAD: usize = 64 * 1024;
 /// Header fields.
 const MAX_HEADERS: usize = 100;
 const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
@@ -74,7 +75,8 @@ async fn serve_http2(io: Io, connection: &Rc<Connection>) -> hyper::Result<()> {
     builder
         .timer(TokioTimer::new())
         .max_concurrent_streams(MAX_STREAMS)
-        .max_header_list_size(u32::try_from(MAX_HEAD).unwrap_or(u32::MAX))
+        // Twice the limit: h2 answers what is above with a bare 431, what is between gets one that says why.
+        .max_header_list_size(u32::try_from(2 * MAX_HEAD).unwrap_or(u32::MAX))
         .max_pending_accept_reset_streams(MAX_RESETS)
         .max_local_error_reset_streams(MAX_RESETS)
         .initial_stream_window_size(STREAM_WINDOW)
@@ -108,7 +110,8 @@ async fn idle(connection: &Connection) {
     }
 }
 
-/// Polls a connection to its end; when the proxy drains, asks it to end after what runs, and at the maximum time drops it.
+/// Polls a connection to its end. When the proxy drains or its peer stops being trusted, it is asked to end after what runs;
+/// when that takes too long, it is dropped.
 async fn until_drained<C>(
     connection: &Connection,
     mut serving: Pin<&mut C>,
@@ -119,14 +122,27 @@ where
 {
     let drain = &connection.worker.drain;
     let inbound = connection.way() == Way::Inbound;
+    let mut grace = Duration::MAX;
     tokio::select! {
         biased;
         ended = serving.as_mut() => return ended,
         () = drain.closing(inbound) => shut_down(serving.as_mut()),
+        () = untrusted(connection) => {
+            grace = tls::GRACE;
+            shut_down(serving.as_mut());
+        }
     }
     tokio::select! {
         biased;
         ended = serving => ended,
         () = drain.cut() => Ok(()),
+        () = tokio::time::sleep(grace) => Ok(()),
     }
+}
+
+/// Ready when what the peer proved holds no longer; never for plaintext.
+async fn untrusted(connection: &Connection) {
+    let Some(peer) = connection.proof() else { return std::future::pending().await };
+    let why = peer.ended(&connection.worker.proxy.identity).await;
+    tracing::info!(client = %connection.client(), peer = %peer.identity, ?why, "a peer is no longer trusted: its connection ends");
 }

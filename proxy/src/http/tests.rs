@@ -447,4 +447,8 @@ fn an_instance_hit_by_its_address_gets_mtls() {
     });
 }
 
+mod counts;
+mod ends;
+mod filtered;
 mod h2;
+mod retrying;

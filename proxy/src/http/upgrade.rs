@@ -8,7 +8,7 @@ use std::time::Duration;
 use super::attempt::Attempt;
 use super::exchange::{Exchange, Running};
 use crate::metrics::Metric;
-use crate::tcp;
+use crate::{tcp, tls};
 
 /// Without a byte in either direction.
 const IDLE: Duration = Duration::from_secs(3600);
@@ -16,33 +16,27 @@ const IDLE: Duration = Duration::from_secs(3600);
 /// Copies between the two sides of an upgrade, in a task of its own, until one ends or the proxy cuts what is left.
 pub(super) fn start(
     mut exchange: Box<Exchange>,
-    attempt: Box<Attempt>,
+    mut attempt: Box<Attempt>,
     (client, server): (OnUpgrade, OnUpgrade),
     running: Running,
 ) {
     tokio::task::spawn_local(async move {
         let worker = exchange.connection.worker.clone();
         let _open = worker.metrics.hold(Metric::Upgrades, &[exchange.connection.way().name()]);
+        // The endpoint has done its part: how long the connection lives says nothing of it.
+        attempt.connected();
         let both = async { tokio::try_join!(client, server) };
+        let store = &worker.proxy.identity;
         match both.await {
-            Ok((client, server)) => {
-                tokio::select! {
-                    copied = tcp::copy(io(client), io(server), IDLE) => {
-                        exchange.count(copied.sent, copied.received);
-                        attempt.succeeded(None);
-                    }
-                    () = worker.drain.cut() => {
-                        exchange.end_with(Reason::Draining);
-                        attempt.cancelled();
-                    }
-                }
-            }
-            Err(error) => {
-                tracing::debug!(%error, "an upgrade was not completed");
-                attempt.cancelled();
-            }
+            Ok((client, server)) => tokio::select! {
+                copied = tcp::copy(io(client), io(server), IDLE) => exchange.count(copied.sent, copied.received),
+                () = worker.drain.cut() => exchange.end_with(Reason::Draining),
+                _why = tls::cut(exchange.connection.proof(), store) => exchange.end_with(Reason::PeerIdentity),
+                _why = tls::cut(attempt.peer(), store) => exchange.end_with(Reason::PeerIdentity),
+            },
+            Err(error) => tracing::debug!(%error, "an upgrade was not completed"),
         }
-        drop(running);
+        drop((attempt, running));
     });
 }
 

@@ -23,8 +23,6 @@ const SILENCE: Duration = Duration::from_millis(250);
 /// How long a connection may stay open before its first request, where HTTP is declared.
 const IDLE: Duration = Duration::from_secs(300);
 const HANDSHAKE: Duration = Duration::from_secs(10);
-/// What runs when a peer stops being trusted may still end for this long.
-const GRACE: Duration = Duration::from_secs(10);
 
 /// Why a connection is closed without a byte.
 #[derive(Debug, thiserror::Error)]
@@ -164,22 +162,10 @@ async fn encrypted(
             Protocol::Detect | Protocol::Tcp => None,
         },
     };
-    let info = Inbound { client, app, peer: Some(Arc::new(peer.identity.clone())) };
-    let proxy = worker.proxy.clone();
-    let serving = Box::pin(async move {
-        match version {
-            Some(version) => handoff::http_inbound(Io::from(stream), info, version, worker).await,
-            None => handoff::tcp_inbound(Io::from(stream), info, worker).await,
-        }
-    });
-    let untrusted = async {
-        let why = peer.ended(&proxy.identity).await;
-        tokio::time::sleep(GRACE).await;
-        tracing::info!(%client, peer = %peer.identity, ?why, "connection closed: the peer is no longer trusted");
-    };
-    tokio::select! {
-        () = serving => {}
-        () = untrusted => {}
+    let info = Inbound { client, app, peer: Some(Arc::new(peer)) };
+    match version {
+        Some(version) => handoff::http_inbound(Io::from(stream), info, version, worker).await,
+        None => handoff::tcp_inbound(Io::from(stream), info, worker).await,
     }
     Ok(())
 }

@@ -16,6 +16,7 @@ use std::sync::Arc;
 use outrigger_core::spiffe::SpiffeId;
 
 use crate::flags::App;
+use crate::tls::Peer;
 
 /// What is known of an outbound connection before its first request.
 #[derive(Debug, Clone)]
@@ -34,8 +35,15 @@ pub struct Inbound {
     pub client: SocketAddr,
     /// The application's port that is meant; declared with --app
     pub app: App,
-    /// Identity that the caller proved; `None`: plaintext, or foreign TLS passed through
-    pub peer: Option<Arc<SpiffeId>>,
+    /// Who the caller proved to be; `None`: plaintext, or foreign TLS passed through
+    pub peer: Option<Arc<Peer>>,
+}
+
+impl Inbound {
+    /// Identity that the caller proved.
+    pub fn identity(&self) -> Option<&SpiffeId> {
+        self.peer.as_ref().map(|peer| &peer.identity)
+    }
 }
 
 /// How an accepted stream is to be read.

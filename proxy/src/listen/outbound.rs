@@ -1,7 +1,7 @@
 //! What the application sends.
 
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -82,7 +82,25 @@ async fn declared(worker: &Worker, destination: SocketAddr) -> Protocol {
     }
 }
 
+/// One of this proxy's own ports: what is sent there would come back.
 fn is_own(worker: &Worker, destination: SocketAddr, local: SocketAddr) -> bool {
     let own = worker.proxy.settings.own_ports().contains(&destination.port());
-    own && (destination.ip() == local.ip() || destination.ip().is_loopback())
+    own && (destination.ip() == local.ip() || is_of_this_host(destination.ip()))
+}
+
+/// Exactly the addresses of this host can be bound.
+fn is_of_this_host(ip: IpAddr) -> bool {
+    UdpSocket::bind((ip, 0)).is_ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn own_addresses_are_told_from_others() {
+        assert!(is_of_this_host("127.0.0.1".parse().unwrap()));
+        assert!(is_of_this_host("127.8.8.8".parse().unwrap()), "the whole loopback network is this host");
+        assert!(!is_of_this_host("192.0.2.1".parse().unwrap()));
+    }
 }

@@ -36,6 +36,9 @@ pub const ALPN_HTTP1: &[u8] = b"http/1.1";
 /// ALPN of opaque streams between sidecars.
 pub const ALPN_TCP: &[u8] = b"outrigger-tcp";
 
+/// What runs on a connection whose peer is no longer trusted may still end for this long. Tests wait for it.
+pub(crate) const GRACE: Duration = if cfg!(test) { Duration::from_millis(200) } else { Duration::from_secs(10) };
+
 /// The other side of a mesh connection, verified.
 #[derive(Debug, Clone)]
 pub struct Peer {
@@ -97,6 +100,15 @@ impl Peer {
             }
         }
     }
+}
+
+/// Returns when the connection of a peer that stopped being trusted must be cut: [`GRACE`] after it had to be drained. Never
+/// for plaintext.
+pub(crate) async fn cut(peer: Option<&Peer>, store: &IdentityStore) -> Ended {
+    let Some(peer) = peer else { return std::future::pending().await };
+    let ended = peer.ended(store).await;
+    tokio::time::sleep(GRACE).await;
+    ended
 }
 
 /// Where a mesh connection goes.

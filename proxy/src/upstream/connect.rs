@@ -15,8 +15,9 @@ use outrigger_core::spiffe::SpiffeId;
 use tokio::net::TcpStream;
 
 use super::Cluster;
-use crate::http::RequestBody;
+use crate::http::{RequestBody, Way};
 use crate::io::Io;
+use crate::metrics::{Held, Local, Metric};
 use crate::snapshot::Workload;
 use crate::state::Proxy;
 use crate::tls::{self, Peer, TlsError};
@@ -77,6 +78,53 @@ pub struct Target {
     pub endpoint: Option<Arc<Endpoint>>,
     /// Whose limits count the connection
     pub limits: Option<(Arc<Cluster>, Limits)>,
+    /// What the connection is counted under
+    pub label: Label,
+}
+
+/// What a connection is counted under.
+#[derive(Debug, Clone)]
+pub struct Label {
+    /// From the application, or to it
+    pub way: Way,
+    /// `<namespace>/<service>`
+    pub service: Arc<str>,
+}
+
+impl Label {
+    /// Of a connection to an endpoint, or to the outside.
+    pub(crate) fn outbound(service: &Arc<str>) -> Self {
+        Self { way: Way::Outbound, service: service.clone() }
+    }
+
+    /// Of a connection to the own application.
+    pub(crate) fn inbound(service: &Arc<str>) -> Self {
+        Self { way: Way::Inbound, service: service.clone() }
+    }
+}
+
+/// An open connection, before anything is spoken on it.
+#[derive(Debug)]
+pub(crate) struct Opened {
+    /// Its bytes
+    pub(crate) io: Io,
+    /// Who proved to be there, and what the connection holds
+    pub(crate) link: Link,
+}
+
+/// What a connection holds for as long as it is open.
+#[derive(Debug)]
+pub(crate) struct Link {
+    peer: Option<Peer>,
+    _gauge: Held,
+    _permit: Option<Permit>,
+}
+
+impl Link {
+    /// Who proved to be there; `None`: plaintext.
+    pub(crate) fn peer(&self) -> Option<&Peer> {
+        self.peer.as_ref()
+    }
 }
 
 /// No connection: the reason for a response, and what exactly went wrong.
@@ -97,8 +145,8 @@ impl ConnectError {
 
 impl Target {
     /// An address in plaintext, with no limits.
-    pub(crate) fn plain(address: SocketAddr, wire: Wire, timeout: Duration, idle: Duration) -> Self {
-        Self { address, wire, security: Security::Plain, timeout, idle, endpoint: None, limits: None }
+    pub(crate) fn plain(address: SocketAddr, wire: Wire, timeout: Duration, idle: Duration, label: Label) -> Self {
+        Self { address, wire, security: Security::Plain, timeout, idle, endpoint: None, limits: None, label }
     }
 
     /// An endpoint of a backend.
@@ -121,6 +169,7 @@ impl Target {
             idle: policy.idle_timeout,
             endpoint: Some(endpoint.clone()),
             limits: Some((cluster.clone(), policy.limits)),
+            label: Label::outbound(&backend.label),
         }
     }
 
@@ -145,6 +194,7 @@ impl Target {
             idle: WORKLOAD_IDLE,
             endpoint: None,
             limits: None,
+            label: Label::outbound(&info.id),
         }
     }
 
@@ -155,7 +205,7 @@ impl Target {
 
     /// A permit for one more connection; `None`: the limit is reached. `own` is how many this worker has to the endpoint: the
     /// first is always permitted, so that no worker starves another.
-    pub(super) fn connection(&self, own: usize) -> Option<Option<Permit>> {
+    pub(crate) fn connection(&self, own: usize) -> Option<Option<Permit>> {
         let Some((cluster, limits)) = &self.limits else { return Some(None) };
         cluster.breaker.connection(limits, own).ok().map(Some)
     }
@@ -167,8 +217,13 @@ impl Target {
     }
 }
 
-/// Dials and, with mTLS, shakes hands, within the target's time.
-pub(crate) async fn open(target: &Target, proxy: &Proxy) -> Result<(Io, Option<Peer>), ConnectError> {
+/// Dials and, with mTLS, shakes hands, within the target's time. `permit` is held while the connection is open.
+pub(crate) async fn open(
+    target: &Target,
+    permit: Option<Permit>,
+    proxy: &Proxy,
+    metrics: &Local,
+) -> Result<Opened, ConnectError> {
     let opening = async {
         let stream = TcpStream::connect(target.address)
             .await
@@ -177,13 +232,21 @@ pub(crate) async fn open(target: &Target, proxy: &Proxy) -> Result<(Io, Option<P
         let _ = stream.set_nodelay(true);
         secure(stream, target, proxy).await
     };
-    match tokio::time::timeout(target.timeout, opening).await {
-        Ok(result) => result,
-        Err(_) => Err(ConnectError::new(
+    let opened = tokio::time::timeout(target.timeout, opening).await.unwrap_or_else(|_| {
+        Err(ConnectError::new(
             Reason::ConnectTimeout,
             format_args!("{} did not answer within {:?}", target.address, target.timeout),
-        )),
+        ))
+    });
+    let Label { way, service } = &target.label;
+    let outcome = opened.as_ref().map_or_else(|error| error.reason.code(), |_| "success");
+    metrics.add(Metric::UpstreamConnects, &[service, outcome], 1);
+    let (io, peer) = opened?;
+    if let Some(peer) = &peer {
+        metrics.add(Metric::TlsConnections, &[way.name(), peer.identity.as_str()], 1);
     }
+    let gauge = metrics.hold(Metric::UpstreamConnections, &[way.name(), service]);
+    Ok(Opened { io, link: Link { peer, _gauge: gauge, _permit: permit } })
 }
 
 async fn secure(stream: TcpStream, target: &Target, proxy: &Proxy) -> Result<(Io, Option<Peer>), ConnectError> {
@@ -247,12 +310,13 @@ pub(super) async fn http2<H: 'static>(
     Ok(sender)
 }
 
+/// Until the connection ends. When `ended` is ready, what runs on it has only so long.
 async fn drive(connection: impl Future<Output = hyper::Result<()>>, ended: impl Future<Output = ()>) {
     let mut connection = std::pin::pin!(connection);
     let result = tokio::select! {
         biased;
         result = connection.as_mut() => result,
-        () = ended => connection.await,
+        () = ended => tokio::time::timeout(tls::GRACE, connection).await.unwrap_or(Ok(())),
     };
     if let Err(error) = result {
         tracing::debug!(%error, "a connection to an endpoint ended with an error");

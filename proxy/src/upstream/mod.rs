@@ -3,8 +3,8 @@
 mod connect;
 mod pool;
 
-pub use connect::{ConnectError, Security, Target, Wire};
-pub(crate) use connect::{LocalExecutor, open};
+pub use connect::{ConnectError, Label, Security, Target, Wire};
+pub(crate) use connect::{LocalExecutor, Opened, open};
 pub use pool::{Lease, Pools, SendError};
 
 use std::collections::{BTreeMap, HashMap};

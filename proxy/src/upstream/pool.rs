@@ -4,7 +4,7 @@
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::net::SocketAddr;
-use std::rc::Rc;
+use std::rc::{Rc, Weak};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -18,8 +18,9 @@ use outrigger_core::breaker::Permit;
 use tokio::sync::Notify;
 
 use super::Cluster;
-use super::connect::{self, ConnectError, Target, Wire};
+use super::connect::{self, ConnectError, Link, Target, Wire};
 use crate::http::RequestBody;
+use crate::metrics::Local;
 use crate::state::Proxy;
 use crate::tls::Peer;
 
@@ -35,6 +36,7 @@ const SWEEP: Duration = Duration::from_secs(5);
 pub struct Pools {
     by_target: Rc<RefCell<HashMap<PoolKey, Rc<Pool>>>>,
     proxy: Arc<Proxy>,
+    metrics: Local,
     sweeping: Rc<Cell<bool>>,
 }
 
@@ -79,6 +81,8 @@ type Connecting = Shared<LocalBoxFuture<'static, Result<(), ConnectError>>>;
 #[derive(Debug)]
 struct Idle {
     sender: http1::SendRequest<RequestBody>,
+    /// What the connection holds goes when it ends, not when somebody looks.
+    link: Weak<Link>,
     since: Instant,
 }
 
@@ -91,8 +95,8 @@ struct SharedConnection {
 
 impl Pools {
     /// No connections.
-    pub fn new(proxy: Arc<Proxy>) -> Self {
-        Self { by_target: Rc::default(), proxy, sweeping: Rc::default() }
+    pub fn new(proxy: Arc<Proxy>, metrics: Local) -> Self {
+        Self { by_target: Rc::default(), proxy, metrics, sweeping: Rc::default() }
     }
 
     /// A connection to the target, idle or new.
@@ -103,8 +107,8 @@ impl Pools {
         let pool = self.pool(target);
         pool.used.set(Some(Instant::now()));
         match target.wire {
-            Wire::Http2 => checkout_http2(pool, target, &self.proxy).await,
-            Wire::Http1 | Wire::Tcp => checkout_http1(pool, target, &self.proxy).await,
+            Wire::Http2 => checkout_http2(pool, target, self).await,
+            Wire::Http1 | Wire::Tcp => checkout_http1(pool, target, self).await,
         }
     }
 
@@ -153,11 +157,14 @@ fn sweep(pools: &mut HashMap<PoolKey, Rc<Pool>>, now: Instant) {
 }
 
 impl Pool {
-    fn take_idle(&self) -> Option<http1::SendRequest<RequestBody>> {
+    fn take_idle(self: &Rc<Self>) -> Option<Lease> {
         let mut idle = self.idle.borrow_mut();
-        while let Some(Idle { sender, .. }) = idle.pop() {
-            if sender.is_ready() && !sender.is_closed() {
-                return Some(sender);
+        while let Some(Idle { sender, link, .. }) = idle.pop() {
+            if sender.is_ready()
+                && !sender.is_closed()
+                && let Some(link) = link.upgrade()
+            {
+                return Some(Lease::alone(sender, link, self, true));
             }
         }
         None
@@ -170,8 +177,8 @@ impl Pool {
     }
 
     /// Resolves when nothing that this peer proved holds any longer; new requests then get new connections.
-    async fn ended(self: Rc<Self>, peer: Option<Peer>, proxy: Arc<Proxy>) {
-        match peer {
+    async fn ended(self: Rc<Self>, link: Rc<Link>, proxy: Arc<Proxy>) {
+        match link.peer() {
             Some(peer) => peer.ended(&proxy.identity).await,
             None => std::future::pending().await,
         };
@@ -181,7 +188,7 @@ impl Pool {
         self.shared.borrow_mut().clear();
     }
 
-    fn give_back(&self, sender: http1::SendRequest<RequestBody>, generation: u64) {
+    fn give_back(&self, sender: http1::SendRequest<RequestBody>, link: &Rc<Link>, generation: u64) {
         if generation != self.generation.get() {
             return;
         }
@@ -189,7 +196,7 @@ impl Pool {
         let wanted = self.cluster.as_ref().is_some_and(|cluster| cluster.breaker.is_wanted());
         let mut idle = self.idle.borrow_mut();
         if idle.len() < MAX_IDLE && (idle.is_empty() || !wanted) {
-            idle.push(Idle { sender, since: Instant::now() });
+            idle.push(Idle { sender, link: Rc::downgrade(link), since: Instant::now() });
         }
         drop(idle);
         self.changed.notify_one();
@@ -213,13 +220,9 @@ impl Drop for Open {
     }
 }
 
-async fn checkout_http1(pool: Rc<Pool>, target: &Target, proxy: &Arc<Proxy>) -> Result<Lease, ConnectError> {
-    let lease = |sender, reused| Lease {
-        kind: Kind::Http1 { sender, generation: pool.generation.get(), pool: pool.clone() },
-        reused,
-    };
-    if let Some(sender) = pool.take_idle() {
-        return Ok(lease(sender, true));
+async fn checkout_http1(pool: Rc<Pool>, target: &Target, pools: &Pools) -> Result<Lease, ConnectError> {
+    if let Some(lease) = pool.take_idle() {
+        return Ok(lease);
     }
     let _pending = target.pending()?;
     loop {
@@ -227,19 +230,21 @@ async fn checkout_http1(pool: Rc<Pool>, target: &Target, proxy: &Arc<Proxy>) -> 
         let Some(permit) = target.connection(pool.open.get()) else {
             let _wanted = target.want();
             pool.changed.notified().await;
-            if let Some(sender) = pool.take_idle() {
-                return Ok(lease(sender, true));
+            if let Some(lease) = pool.take_idle() {
+                return Ok(lease);
             }
             continue;
         };
         let open = Open::new(&pool);
-        let (io, peer) = connect::open(target, proxy).await?;
-        let sender = connect::http1(io, (permit, open), pool.clone().ended(peer, proxy.clone())).await?;
-        return Ok(lease(sender, false));
+        let opened = connect::open(target, permit, &pools.proxy, &pools.metrics).await?;
+        let link = Rc::new(opened.link);
+        let ended = pool.clone().ended(link.clone(), pools.proxy.clone());
+        let sender = connect::http1(opened.io, (link.clone(), open), ended).await?;
+        return Ok(Lease::alone(sender, link, &pool, false));
     }
 }
 
-async fn checkout_http2(pool: Rc<Pool>, target: &Target, proxy: &Arc<Proxy>) -> Result<Lease, ConnectError> {
+async fn checkout_http2(pool: Rc<Pool>, target: &Target, pools: &Pools) -> Result<Lease, ConnectError> {
     if let Some(connection) = pool.take_shared() {
         return Ok(Lease::shared(connection, &pool, true));
     }
@@ -259,7 +264,7 @@ async fn checkout_http2(pool: Rc<Pool>, target: &Target, proxy: &Arc<Proxy>) -> 
             continue;
         };
         // A task of its own: the requests that wait share its outcome, and none of them takes it away by leaving.
-        let task = connect_shared(pool.clone(), target.clone(), proxy.clone(), permit);
+        let task = connect_shared(pool.clone(), target.clone(), pools.clone(), permit);
         let connecting = task.boxed_local().shared();
         *pool.connecting.borrow_mut() = Some(connecting.clone());
         tokio::task::spawn_local(connecting);
@@ -269,12 +274,16 @@ async fn checkout_http2(pool: Rc<Pool>, target: &Target, proxy: &Arc<Proxy>) -> 
 async fn connect_shared(
     pool: Rc<Pool>,
     target: Target,
-    proxy: Arc<Proxy>,
+    pools: Pools,
     permit: Option<Permit>,
 ) -> Result<(), ConnectError> {
     let open = Open::new(&pool);
-    let result = match connect::open(&target, &proxy).await {
-        Ok((io, peer)) => connect::http2(io, (permit, open), pool.clone().ended(peer, proxy)).await,
+    let result = match connect::open(&target, permit, &pools.proxy, &pools.metrics).await {
+        Ok(opened) => {
+            let link = Rc::new(opened.link);
+            let ended = pool.clone().ended(link.clone(), pools.proxy.clone());
+            connect::http2(opened.io, (link, open), ended).await
+        }
         Err(error) => Err(error),
     };
     *pool.connecting.borrow_mut() = None;
@@ -294,23 +303,46 @@ pub struct Lease {
 
 #[derive(Debug)]
 enum Kind {
-    Http1 { sender: http1::SendRequest<RequestBody>, pool: Rc<Pool>, generation: u64 },
+    Http1(Alone),
     Http2(Stream),
+}
+
+/// An HTTP/1 connection.
+#[derive(Debug)]
+struct Alone {
+    sender: http1::SendRequest<RequestBody>,
+    link: Rc<Link>,
+    pool: Rc<Pool>,
+    generation: u64,
 }
 
 /// A request that got no response.
 #[derive(Debug)]
 pub struct SendError {
-    /// The request's body, where hyper knows that nothing of the request was sent
-    pub unsent: Option<RequestBody>,
+    /// The request, where hyper knows that nothing of it was sent
+    pub unsent: Option<Request<RequestBody>>,
     /// Why
     pub error: hyper::Error,
 }
 
 impl Lease {
+    fn alone(sender: http1::SendRequest<RequestBody>, link: Rc<Link>, pool: &Rc<Pool>, reused: bool) -> Self {
+        let alone = Alone { sender, link, pool: pool.clone(), generation: pool.generation.get() };
+        Self { kind: Kind::Http1(alone), reused }
+    }
+
     fn shared(connection: Rc<SharedConnection>, pool: &Rc<Pool>, reused: bool) -> Self {
         connection.streams.set(connection.streams.get() + 1);
         Self { kind: Kind::Http2(Stream { connection, pool: pool.clone() }), reused }
+    }
+
+    /// Who proved to be at the other end of a connection that was upgraded.
+    pub(crate) fn peer(&self) -> Option<&Peer> {
+        match &self.kind {
+            Kind::Http1(alone) => alone.link.peer(),
+            // hyper upgrades HTTP/1 only; shared connections are looked after by their pool.
+            Kind::Http2(_) => None,
+        }
     }
 
     /// Sends one request and waits for the head of its response.
@@ -319,28 +351,25 @@ impl Lease {
     /// When no response came.
     pub async fn send(&mut self, request: Request<RequestBody>) -> Result<Response<Incoming>, SendError> {
         let sent = match &mut self.kind {
-            Kind::Http1 { sender, .. } => sender.try_send_request(request).await,
+            Kind::Http1(alone) => alone.sender.try_send_request(request).await,
             Kind::Http2(stream) => stream.connection.sender.clone().try_send_request(request).await,
         };
-        sent.map_err(|mut error| SendError {
-            unsent: error.take_message().map(Request::into_body),
-            error: error.into_error(),
-        })
+        sent.map_err(|mut error| SendError { unsent: error.take_message(), error: error.into_error() })
     }
 
     /// The response's body has ended: the connection may serve another request.
     pub fn give_back(self) {
-        let Kind::Http1 { mut sender, pool, generation } = self.kind else { return };
+        let Kind::Http1(Alone { mut sender, link, pool, generation }) = self.kind else { return };
         if sender.is_closed() {
             return;
         }
         if sender.is_ready() {
-            return pool.give_back(sender, generation);
+            return pool.give_back(sender, &link, generation);
         }
         // The request's body may still be on its way up.
         tokio::task::spawn_local(async move {
             if sender.ready().await.is_ok() {
-                pool.give_back(sender, generation);
+                pool.give_back(sender, &link, generation);
             }
         });
     }

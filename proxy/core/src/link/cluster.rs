@@ -18,6 +18,8 @@ pub struct Backend {
     pub namespace: Arc<str>,
     /// Name of the service
     pub service: Arc<str>,
+    /// `<namespace>/<service>`, as metrics have it
+    pub label: Arc<str>,
     /// Port of the service
     pub port: u16,
     /// What its endpoints speak
@@ -96,6 +98,7 @@ pub(super) fn backend(wire: &wire::Backend) -> Result<Backend, LinkError> {
         key: wire.key.as_str().into(),
         namespace: wire.namespace.as_str().into(),
         service: wire.service.as_str().into(),
+        label: format!("{}/{}", wire.namespace, wire.service).into(),
         port: port("port", wire.port)?,
         protocol: protocol(wire.protocol)?,
         shards: wire.shards,

@@ -18,7 +18,7 @@ use crate::upstream::LocalExecutor;
 type Body = Full<Bytes>;
 
 /// A gRPC-like application: echoes the request's body in one message, then a status in trailers.
-async fn grpc_app(status: &'static str) -> SocketAddr {
+pub(super) async fn grpc_app(status: &'static str) -> SocketAddr {
     let (listener, address) = listen().await;
     tokio::task::spawn_local(async move {
         while let Ok((stream, _)) = listener.accept().await {
@@ -40,7 +40,7 @@ async fn grpc_app(status: &'static str) -> SocketAddr {
     address
 }
 
-async fn connect(to: SocketAddr) -> SendRequest<Body> {
+pub(super) async fn connect(to: SocketAddr) -> SendRequest<Body> {
     let stream = TcpStream::connect(to).await.unwrap();
     let builder = hyper::client::conn::http2::Builder::new(LocalExecutor);
     let (sender, connection) = builder.handshake(TokioIo::new(stream)).await.unwrap();
@@ -48,12 +48,49 @@ async fn connect(to: SocketAddr) -> SendRequest<Body> {
     sender
 }
 
-fn call(host: &str, body: impl Into<Bytes>) -> Request<Body> {
+pub(super) fn call(host: &str, body: impl Into<Bytes>) -> Request<Body> {
     Request::post(format!("http://{host}/demo.Reviews/Get"))
         .header("content-type", "application/grpc")
         .header("te", "trailers")
         .body(Full::new(body.into()))
         .unwrap()
+}
+
+/// What a client says first.
+pub(super) const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+
+/// Writes one frame of stream 0.
+pub(super) async fn write_frame(stream: &mut TcpStream, kind: u8, flags: u8, payload: &[u8]) {
+    let mut frame = vec![0, 0, u8::try_from(payload.len()).unwrap(), kind, flags, 0, 0, 0, 0];
+    frame.extend(payload);
+    stream.write_all(&frame).await.unwrap();
+}
+
+/// Reads one frame: kind, flags, payload. `None` at the end.
+pub(super) async fn read_frame(stream: &mut TcpStream) -> Option<(u8, u8, Vec<u8>)> {
+    let mut head = [0; 9];
+    stream.read_exact(&mut head).await.ok()?;
+    let mut payload = vec![0; u32::from_be_bytes([0, head[0], head[1], head[2]]) as usize];
+    stream.read_exact(&mut payload).await.ok()?;
+    Some((head[3], head[4], payload))
+}
+
+#[test]
+fn a_large_header_list_is_refused_with_a_reason() {
+    run(async {
+        let client = TestProxy::new("web");
+        let outbound = client.serve_outbound(Some(Version::Http2), None).await;
+        let mut sender = connect(outbound).await;
+        let mut request = call("reviews", "");
+        for i in 0..7 {
+            let name = ::http::HeaderName::try_from(format!("x-{i}")).unwrap();
+            request.headers_mut().insert(name, "a".repeat(10_000).parse().unwrap());
+        }
+        request.headers_mut().remove("content-type");
+        let response = within(sender.send_request(request)).await.unwrap();
+        assert_eq!(response.status(), 431);
+        assert_eq!(response.headers()["x-outrigger-reason"], "headers-too-large");
+    });
 }
 
 #[test]
