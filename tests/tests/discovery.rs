@@ -112,7 +112,7 @@ fn endpoints_come_and_go_without_a_new_version_of_routes() {
     let endpoints = || {
         let clusters = shop.web.admin("/clusters").json();
         let all = clusters.as_array().unwrap().iter();
-        let v1 = all.filter(|one| one["key"] == "demo/reviews-v1:80").flat_map(|one| one["endpoints"].as_array());
+        let v1 = all.filter(|one| one["key"] == "demo/reviews-v1:80").filter_map(|one| one["endpoints"].as_array());
         v1.map(Vec::len).sum::<usize>()
     };
     until("the endpoint is there", || (endpoints() == 1).then_some(()));
