@@ -12,6 +12,7 @@ use tonic::{Request, Response, Status};
 
 use crate::ca::{Authority, CaError, ProvenKey};
 use crate::grants::{Grant, Grants};
+use crate::metrics::Metrics;
 use crate::peer::Peer;
 use crate::refusals::Refusals;
 use crate::token::{Accepted, CONTROL, NewToken, TokenError, Tokens};
@@ -37,6 +38,8 @@ pub struct Signer {
     pub grants: Arc<Grants>,
     /// Shows what was refused
     pub refusals: Arc<Refusals>,
+    /// Counts signatures
+    pub metrics: Metrics,
 }
 
 /// By what a caller is known, and what that permits.
@@ -101,6 +104,7 @@ impl Signer {
             .add(&signed.key, grant, now)
             .await
             .map_err(|e| Status::internal(format!("the grant could not be persisted in the state directory: {e}")))?;
+        self.metrics.signatures.inc();
         tracing::info!(identity = %identity, not_after = signed.not_after, "signed a certificate");
         Ok(SignResponse {
             chain: signed.chain.iter().map(|der| der.to_vec().into()).collect(),
@@ -127,9 +131,8 @@ impl Signer {
             ));
         }
         let leaf = peer.leaf(self.authority.trust_domain())?;
-        let key = outrigger_core::chain::Fingerprint::of(&leaf.spki);
-        let grant = self.grants.get(&key, now).map_err(|why| Status::permission_denied(why.to_string()))?;
-        if grant.identity != leaf.identity.to_string() {
+        let grant = self.grants.get(&leaf.key, now).map_err(|why| Status::permission_denied(why.to_string()))?;
+        if grant.identity != leaf.identity.as_str() {
             return Err(Status::permission_denied("the certificate is not the one that was granted to its key"));
         }
         Ok(Credential::Certificate(grant))

@@ -19,6 +19,7 @@ fn signer(state: &Path, bootstrap: bool) -> Signer {
         tokens: Arc::new(Tokens::open(state, bootstrap).unwrap()),
         grants: Arc::new(Grants::open(state).unwrap()),
         refusals: Arc::default(),
+        metrics: Metrics::default(),
     }
 }
 

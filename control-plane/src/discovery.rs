@@ -87,9 +87,9 @@ impl Discovery {
             return Err(Status::invalid_argument("node.id of the first request must be the workload's name"));
         }
         let client = Client {
-            namespace: leaf.identity.namespace.clone(),
+            namespace: leaf.identity.namespace().to_owned(),
             workload,
-            service_account: leaf.identity.service_account.clone(),
+            service_account: leaf.identity.service_account().to_owned(),
         };
         let proxy = self.proxies.connect(client, leaf.identity.to_string(), peer.address.to_string());
         tracing::info!(

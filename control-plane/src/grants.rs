@@ -229,15 +229,15 @@ impl crate::registry::Grants for Grants {
             Dial::Application(address) => address,
             Dial::Inbound(address) => address.ip(),
         });
-        let (key, now) = (Fingerprint::of(&leaf.spki), unix_now());
+        let (key, now) = (leaf.key, unix_now());
         let (namespace, account, name) = (&registration.namespace, &registration.service_account, &registration.name);
         self.check(&key, namespace, account, name, &registration.labels, address, now).map_err(|why| why.to_string())
     }
 
     fn permits_withdrawal(&self, leaf: &Leaf, workload: &str) -> Result<(), String> {
-        let grant = self.get(&Fingerprint::of(&leaf.spki), unix_now()).map_err(|why| why.to_string())?;
+        let grant = self.get(&leaf.key, unix_now()).map_err(|why| why.to_string())?;
         grant
-            .permits(&leaf.identity.namespace, &leaf.identity.service_account, workload, &BTreeMap::new())
+            .permits(leaf.identity.namespace(), leaf.identity.service_account(), workload, &BTreeMap::new())
             .map_err(|why| why.to_string())
     }
 }

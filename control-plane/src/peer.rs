@@ -1,13 +1,12 @@
 //! Who is at the other end of a gRPC connection, as the TLS handshake proved it.
 
-use std::fmt;
 use std::net::SocketAddr;
-use std::str::FromStr;
 use std::sync::Arc;
 
+use outrigger_core::chain::{self, ChainError, Fingerprint};
+use outrigger_core::spiffe::SpiffeId;
 use rustls_pki_types::CertificateDer;
 use tonic::{Request, Status};
-use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
 
 /// In the extensions of every gRPC request.
 #[derive(Debug, Clone)]
@@ -22,81 +21,15 @@ pub struct Peer {
     pub rejected: Option<Arc<str>>,
 }
 
-/// A workload's identity: `spiffe://<trust-domain>/ns/<namespace>/sa/<service-account>`.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Identity {
-    /// Trust domain
-    pub trust_domain: String,
-    /// Namespace
-    pub namespace: String,
-    /// Service account
-    pub service_account: String,
-}
-
-impl fmt::Display for Identity {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "spiffe://{}/ns/{}/sa/{}", self.trust_domain, self.namespace, self.service_account)
-    }
-}
-
-/// Not a SPIFFE ID of a workload.
-#[derive(Debug, thiserror::Error, PartialEq, Eq)]
-#[error("`{0}` is not a workload's identity (spiffe://<trust-domain>/ns/<namespace>/sa/<service-account>)")]
-pub struct BadIdentity(pub String);
-
-impl FromStr for Identity {
-    type Err = BadIdentity;
-
-    fn from_str(text: &str) -> Result<Self, BadIdentity> {
-        let parts: Option<Vec<&str>> = text.strip_prefix("spiffe://").map(|rest| rest.split('/').collect());
-        match parts.as_deref() {
-            Some(&[trust_domain, "ns", namespace, "sa", service_account])
-                if ![trust_domain, namespace, service_account].contains(&"") =>
-            {
-                Ok(Self {
-                    trust_domain: trust_domain.to_owned(),
-                    namespace: namespace.to_owned(),
-                    service_account: service_account.to_owned(),
-                })
-            }
-            _ => Err(BadIdentity(text.to_owned())),
-        }
-    }
-}
-
 /// What the leaf of a verified chain says.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Leaf {
-    /// Its only SAN
-    pub identity: Identity,
-    /// The public key (SubjectPublicKeyInfo), DER
-    pub spki: Vec<u8>,
-    /// When it ends, seconds since the Unix epoch
+    /// Its SPIFFE ID
+    pub identity: SpiffeId,
+    /// Its public key
+    pub key: Fingerprint,
+    /// When the earliest certificate of the chain ends, seconds since the Unix epoch
     pub not_after: i64,
-}
-
-impl Leaf {
-    /// Reads a certificate, which must have exactly one SAN, a workload's SPIFFE ID.
-    ///
-    /// # Errors
-    /// A sentence that says what is wrong with it.
-    pub fn read(der: &[u8]) -> Result<Self, String> {
-        let (_, certificate) =
-            X509Certificate::from_der(der).map_err(|error| format!("the certificate is not X.509: {error}"))?;
-        let names = certificate
-            .subject_alternative_name()
-            .map_err(|error| format!("the certificate's names cannot be read: {error}"))?
-            .map(|extension| extension.value.general_names.as_slice())
-            .unwrap_or_default();
-        let [GeneralName::URI(uri)] = names else {
-            return Err("the certificate's SAN is not exactly one SPIFFE ID".to_owned());
-        };
-        Ok(Self {
-            identity: uri.parse().map_err(|error: BadIdentity| error.to_string())?,
-            spki: certificate.public_key().raw.to_vec(),
-            not_after: certificate.validity().not_after.timestamp(),
-        })
-    }
 }
 
 impl Peer {
@@ -108,18 +41,21 @@ impl Peer {
         if let Some(why) = &self.rejected {
             return Err(Status::unauthenticated(format!("{why}: join again with a token")));
         }
-        let certificate = self.chain.as_deref().and_then(<[_]>::first).ok_or_else(|| {
+        let chain = self.chain.as_deref().ok_or_else(|| {
             Status::unauthenticated("this call needs a client certificate of the mesh: sign one with Certificates.Sign")
         })?;
-        let leaf = Leaf::read(certificate).map_err(Status::unauthenticated)?;
+        let unreadable = |error: ChainError| Status::unauthenticated(error.to_string());
+        let described = chain::describe(chain).map_err(unreadable)?;
+        let identity = described.identity.map_err(unreadable)?;
+        let leaf = Leaf { identity, key: described.key, not_after: described.not_after };
         // It was valid at the handshake, but a connection may outlive it.
         if leaf.not_after < crate::certificates::unix_now() {
             return Err(Status::unauthenticated(
                 "the certificate expired while the connection was open: connect again with the renewed one",
             ));
         }
-        if leaf.identity.trust_domain != trust_domain {
-            let theirs = &leaf.identity.trust_domain;
+        if leaf.identity.trust_domain() != trust_domain {
+            let theirs = leaf.identity.trust_domain();
             return Err(Status::unauthenticated(format!(
                 "the certificate is of trust domain {theirs}; this is {trust_domain}"
             )));
@@ -133,21 +69,5 @@ impl Peer {
     /// `INTERNAL`: the request did not come through our listener.
     pub fn of<T>(request: &Request<T>) -> Result<Self, Status> {
         request.extensions().get::<Self>().cloned().ok_or_else(|| Status::internal("the connection is not known"))
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn identities_read_back_as_written() {
-        let text = "spiffe://cluster.local/ns/demo/sa/web";
-        assert_eq!(text.parse::<Identity>().unwrap().to_string(), text);
-        for text in
-            ["", "spiffe://td/ns/demo", "spiffe:///ns/demo/sa/web", "spiffe://td/ns//sa/web", "spiffe://td/ns/a/sa/b/c"]
-        {
-            assert!(text.parse::<Identity>().is_err(), "{text}");
-        }
     }
 }

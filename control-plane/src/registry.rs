@@ -70,7 +70,7 @@ impl Service {
 /// Whether a certificate is that of the namespace and account.
 fn same_identity(leaf: &Leaf, namespace: &str, service_account: &str) -> Result<(), String> {
     let identity = &leaf.identity;
-    if identity.namespace == namespace && identity.service_account == service_account {
+    if identity.namespace() == namespace && identity.service_account() == service_account {
         return Ok(());
     }
     Err(format!("the certificate is {identity}; it cannot act for account {service_account} of namespace {namespace}"))
@@ -111,7 +111,7 @@ impl Registry for Service {
         let name = (namespace, workload);
         let account = self.mesh.leases().get(&name).map(|held| held.service_account.clone());
         // Of what is not registered only the namespace can be compared.
-        let account = account.unwrap_or_else(|| leaf.identity.service_account.clone());
+        let account = account.unwrap_or_else(|| leaf.identity.service_account().to_owned());
         same_identity(&leaf, &name.0, &account)
             .and_then(|()| self.grants.permits_withdrawal(&leaf, &name.1))
             .map_err(|reason| self.deny("withdraw", &leaf, reason))?;

@@ -120,6 +120,7 @@ impl Control {
             tokens: tokens.clone(),
             grants: grants.clone(),
             refusals: refusals.clone(),
+            metrics: metrics.clone(),
         };
         let discovery = Discovery {
             mesh: mesh.clone(),

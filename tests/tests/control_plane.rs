@@ -4,7 +4,7 @@
 use std::process::Command;
 
 use nix::sys::signal::Signal;
-use outrigger_e2e::{Backend, Curl, Mesh, python, succeed, until};
+use outrigger_e2e::{Backend, Curl, Mesh, Metrics, python, succeed, until};
 use serde_json::Value;
 
 /// Services a, b and c; a has a cluster IP.
@@ -132,6 +132,9 @@ fn certificates_are_signed_for_whom_the_caller_is_and_nobody_else() {
     let log = mesh.control.process.log();
     assert!(log.matches("refused").count() >= refused.len(), "{log}");
     only_san_is_the_spiffe_id(got["chain"].as_str().unwrap());
+    // first-use, renewal, and that of b.
+    let metrics = Curl::get(&format!("http://{}/metrics", mesh.control.http())).send().body;
+    assert!(Metrics::parse(&metrics).sum("outrigger_control_signatures_total", &[]) >= 3.0, "{metrics}");
 }
 
 /// The CSR asked for more; nothing of it may be there.
