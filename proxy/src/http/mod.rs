@@ -17,12 +17,13 @@ mod upgrade;
 pub use body::{ReplayBuffer, RequestBody, ResponseBody};
 pub use serve::serve;
 
-use std::cell::{Cell, OnceCell};
+use std::cell::{Cell, OnceCell, RefCell};
 use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use ::http::HeaderValue;
+use outrigger_core::key::Key;
 use outrigger_core::normalize;
 use outrigger_core::spiffe::SpiffeId;
 
@@ -73,7 +74,12 @@ pub(crate) struct Connection {
     running: Cell<u32>,
     /// `x-forwarded-client-cert`, made at the first request
     xfcc: OnceCell<Option<HeaderValue>>,
+    /// Explicit mode: the last request's `Host`, and what it named
+    asked: RefCell<Option<(HeaderValue, Rc<Asked>)>>,
 }
+
+/// A destination, and the port that was written with it.
+type Asked = (Key, Option<u16>);
 
 impl Connection {
     fn new(info: ConnectionInfo, worker: Rc<Worker>) -> Self {
@@ -87,6 +93,7 @@ impl Connection {
             requests: Cell::new(0),
             running: Cell::new(0),
             xfcc: OnceCell::new(),
+            asked: RefCell::default(),
         }
     }
 

@@ -1,9 +1,11 @@
 //! From the own application: where to, by which rule, to which backend.
 
 use std::net::SocketAddr;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
+use ::http::header::HOST;
 use ::http::uri::Authority;
 use ::http::{HeaderValue, Response, request};
 use bytes::Bytes;
@@ -13,14 +15,13 @@ use outrigger_core::normalize::{self, Canonical, Direction, Rules};
 use outrigger_core::reason::Reason;
 use outrigger_core::route::{self, Selected, Split};
 
-use super::ConnectionInfo;
 use super::attempt::{self, Call};
 use super::exchange::{Answer, Exchange, Failure, Incomer, Judged};
 use super::request::{self as outgoing, Outgoing};
+use super::{Asked, Connection, ConnectionInfo};
 use crate::listen;
 use crate::snapshot::{self, Snapshot};
 use crate::upstream::{Label, Target};
-use crate::worker::Worker;
 
 /// Destinations outside the mesh may be far away.
 const OUTSIDE_CONNECT: Duration = Duration::from_secs(10);
@@ -30,9 +31,8 @@ const OUTSIDE_IDLE: Duration = Duration::from_secs(60);
 pub(super) async fn handle(x: &mut Exchange, mut inc: Incomer) -> Result<Answer, Failure> {
     let connection = x.connection.clone();
     let ConnectionInfo::Outbound(info) = &connection.info else { return Err(Reason::Internal.into()) };
-    let worker = &connection.worker;
     let mut canonical = normalized(x, &mut inc.head)?;
-    let mut place = Place::find(worker, info, &inc.head).await?;
+    let mut place = Place::find(&connection, info, &inc.head).await?;
     x.begin_outbound(&place.snapshot);
     x.begin_trace(&mut inc.head.headers, place.snapshot.mesh.as_deref());
     match filtered(x, &place, &mut inc, &canonical)? {
@@ -41,37 +41,41 @@ pub(super) async fn handle(x: &mut Exchange, mut inc: Incomer) -> Result<Answer,
         Filtered::Changed { elsewhere } => {
             canonical = normalize::again(&mut inc.head, false, &canonical)?;
             if elsewhere && info.destination.is_none() {
-                place = Place::find(worker, info, &inc.head).await?;
+                place = Place::find(&connection, info, &inc.head).await?;
             }
         }
         Filtered::Answer(answer) => return Ok(answer),
     }
     match &place.target {
-        snapshot::Target::Service(service) => to_service(x, service, place.port, inc, &canonical).await,
+        snapshot::Target::Service(service) => to_service(x, service, place.port(), inc, &canonical).await,
         snapshot::Target::Workload(workload) => to_workload(x, workload, inc, &canonical).await,
         snapshot::Target::Absent => match info.destination {
             Some(address) => outside(x, &place.snapshot, address, inc, &canonical).await,
-            None => Err(Failure::new(Reason::UnknownService, place.key.to_string())),
+            None => Err(Failure::new(Reason::UnknownService, place.asked.0.to_string())),
         },
     }
 }
 
 /// Where a request goes, as discovery has it.
 struct Place {
-    key: Key,
-    port: Option<u16>,
+    asked: Rc<Asked>,
     snapshot: Arc<Snapshot>,
     target: snapshot::Target,
 }
 
 impl Place {
-    async fn find(worker: &Worker, info: &listen::Outbound, head: &request::Parts) -> Result<Self, Failure> {
-        let (key, port) = match info.destination {
-            Some(address) => (Key::Ip(address), Some(address.port())),
-            None => named(head, &worker.proxy.settings.namespace)?,
+    async fn find(connection: &Connection, info: &listen::Outbound, head: &request::Parts) -> Result<Self, Failure> {
+        let asked = match info.destination {
+            Some(address) => Rc::new((Key::Ip(address), Some(address.port()))),
+            None => remembered(connection, head)?,
         };
-        let (snapshot, target) = worker.find(&key).await?;
-        Ok(Self { key, port, snapshot, target })
+        let (snapshot, target) = connection.worker.find(&asked.0).await?;
+        Ok(Self { asked, snapshot, target })
+    }
+
+    /// Port that was asked for.
+    fn port(&self) -> Option<u16> {
+        self.asked.1
     }
 }
 
@@ -82,8 +86,22 @@ fn normalized(x: &mut Exchange, head: &mut request::Parts) -> Result<Canonical, 
     Ok(canonical)
 }
 
+/// Explicit mode: what the authority names. A client's connection asks for the same one again as a rule, so the last
+/// reading is kept.
+fn remembered(connection: &Connection, head: &request::Parts) -> Result<Rc<Asked>, Failure> {
+    let host = head.headers.get(HOST);
+    if let (Some(host), Some((last, asked))) = (host, &*connection.asked.borrow())
+        && host == last
+    {
+        return Ok(asked.clone());
+    }
+    let asked = Rc::new(named(head, &connection.worker.proxy.settings.namespace)?);
+    *connection.asked.borrow_mut() = host.map(|host| (host.clone(), asked.clone()));
+    Ok(asked)
+}
+
 /// Explicit mode: the authority names the service.
-fn named(head: &request::Parts, namespace: &str) -> Result<(Key, Option<u16>), Failure> {
+fn named(head: &request::Parts, namespace: &str) -> Result<Asked, Failure> {
     let authority = outgoing::authority(&head.uri, &head.headers).ok_or(Reason::BadRequest)?;
     let unreadable = || Failure::new(Reason::BadRequest, format!("the authority `{authority}` cannot be read"));
     let (named, port) = key::canonicalise(authority.as_str(), namespace).ok_or_else(unreadable)?;
@@ -142,7 +160,7 @@ enum Filtered {
 /// Runs the filters of the service's port. They are told the rule that would be used of what the application wrote.
 fn filtered(x: &mut Exchange, place: &Place, inc: &mut Incomer, canonical: &Canonical) -> Result<Filtered, Failure> {
     let snapshot::Target::Service(service) = &place.target else { return Ok(Filtered::Unchanged) };
-    let port = enter(x, service, place.port)?;
+    let port = enter(x, service, place.port())?;
     if port.filters.is_empty() {
         return Ok(Filtered::Unchanged);
     }

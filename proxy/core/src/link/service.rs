@@ -19,7 +19,7 @@ pub struct Service {
     pub namespace: Arc<str>,
     /// Name
     pub name: Arc<str>,
-    /// `<namespace>/<name>`, as metrics have it
+    /// `<namespace>/<name>`, as metrics and logs have it
     pub label: Arc<str>,
     /// Virtual addresses
     pub vips: Vec<IpAddr>,
