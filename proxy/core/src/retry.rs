@@ -130,8 +130,7 @@ fn named(policy: &Retries, failure: Failure) -> bool {
         Failure::Unprocessed => policy.connect_failure || policy.reset,
         Failure::Reset | Failure::PerTryTimeout => policy.reset,
         Failure::Overflow => false,
-        // A proxy that sheds load is not helped by more of it.
-        Failure::Response { reason: Some(reason), .. } if overload(reason) => false,
+        Failure::Response { reason: Some(reason), .. } if overload(reason) || spreads(reason) => false,
         Failure::Response { status, grpc, reason } => {
             policy.statuses.contains(&status)
                 || grpc.is_some_and(|grpc| policy.grpc_statuses.contains(&grpc))
@@ -147,6 +146,11 @@ fn unprocessed(failure: Failure) -> bool {
         Failure::Response { reason, .. } => reason.is_some_and(never_reached),
         Failure::Reset | Failure::PerTryTimeout | Failure::Overflow => false,
     }
+}
+
+/// A request that broke a filter would break the same filter beside every other endpoint, until all of them wait.
+fn spreads(reason: Reason) -> bool {
+    reason == Reason::FilterFailed
 }
 
 /// A proxy refused for the sake of its own limits: that says nothing about the endpoint.
