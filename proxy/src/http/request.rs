@@ -2,7 +2,7 @@
 
 use ::http::header::{CONNECTION, CONTENT_LENGTH, EXPECT, HOST, TE, TRANSFER_ENCODING, UPGRADE};
 use ::http::uri::{Authority, PathAndQuery, Scheme};
-use ::http::{HeaderMap, HeaderValue, Request, StatusCode, Uri, Version, request};
+use ::http::{HeaderMap, HeaderValue, Method, Request, StatusCode, Uri, Version, request};
 use http_body::Body;
 use hyper::body::Incoming;
 use hyper::upgrade::OnUpgrade;
@@ -146,9 +146,15 @@ impl Outgoing {
             None => Uri::from_static("/"),
         };
         let framed = request.body().is_end_stream();
+        let method = &self.head.method;
         let headers = request.headers_mut();
         if let Some(host) = uri.authority().filter(|_| !headers.contains_key(HOST)).and_then(host) {
             headers.insert(HOST, host);
+        }
+        // RFC 9110, 8.6: some servers refuse these without a length, and a filter may have made one of a GET.
+        let expected = matches!(*method, Method::POST | Method::PUT | Method::PATCH);
+        if framed && expected && !headers.contains_key(CONTENT_LENGTH) {
+            headers.insert(CONTENT_LENGTH, HeaderValue::from_static("0"));
         }
         // hyper would take a GET with a body of unknown length for one without.
         if !framed && !headers.contains_key(CONTENT_LENGTH) {
