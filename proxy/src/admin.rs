@@ -89,7 +89,10 @@ impl Admin {
             (&Method::GET, "/config") => document(&self.config()),
             (&Method::GET, "/clusters") => document(&self.clusters()),
             (&Method::GET, "/certs") => document(&self.certificates()),
-            (&Method::GET, "/filters") => document(&json!(self.plugins.as_ref().map(|plugins| plugins.status()))),
+            (&Method::GET, "/filters") => {
+                let snapshot = self.proxy.directory.snapshot();
+                document(&json!(self.plugins.as_ref().map(|plugins| snapshot.filter_rows(plugins))))
+            }
             (&Method::GET, "/stats") => document(&self.stats()),
             (&Method::POST, "/drain") => {
                 self.proxy.drain.request();

@@ -46,6 +46,8 @@ pub fn run(settings: Settings) -> Result<()> {
     let runtime = Builder::new_multi_thread()
         .worker_threads(CONTROL_THREADS)
         .thread_name("control")
+        // Filters are tried on its blocking threads.
+        .thread_stack_size(worker::STACK)
         .enable_all()
         .build()
         .context("the control runtime cannot be made")?;
@@ -97,6 +99,8 @@ impl Started {
         let _ = proxy.bound.inbound.set(inbound_address);
         let _ = proxy.bound.outbound.set(address(&outbound)?);
         let plugins = plugins(settings)?;
+        let (filters, snapshots) = (plugins.clone(), directory.clone());
+        proxy.metrics.collect_with(move |text| filter::prometheus(&snapshots.snapshot().filter_rows(&filters), text));
         let (origin, register) = origin(settings, &identity, state, inbound_address, runtime)?;
         runtime.spawn(
             Discovery {

@@ -8,7 +8,7 @@ use outrigger_core::balance::EndpointInfo;
 use outrigger_core::key::Key;
 use outrigger_core::link::{Inbound, Mesh, Protocol, Service};
 
-use crate::filter::Plugin;
+use crate::filter::{Plugin, Plugins, StatusRow};
 
 /// All configuration at one moment.
 #[derive(Debug, Clone, Default)]
@@ -104,6 +104,12 @@ impl Snapshot {
     /// The prepared filter of a key (`filter/<namespace>/<name>`). `None`: it could not be prepared.
     pub fn filter(&self, key: &str) -> Option<&Arc<Plugin>> {
         self.filters.get(key)?.plugin.as_ref()
+    }
+
+    /// How the filters of this configuration do.
+    pub fn filter_rows(&self, plugins: &Plugins) -> Vec<StatusRow> {
+        let configured = |row: &StatusRow| self.filters.contains_key(&format!("filter/{}/{}", row.namespace, row.name));
+        plugins.status().into_iter().filter(configured).collect()
     }
 
     /// Whether an address may be reached only through the mesh.

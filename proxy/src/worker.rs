@@ -6,12 +6,14 @@ use std::net::TcpListener;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use arc_swap::{ArcSwap, Cache};
 use outrigger_core::key::Key;
 use outrigger_core::reason::Reason;
 use tokio::runtime::{Builder, LocalOptions};
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 
 use crate::drain::{DrainWatch, Phase};
 use crate::flags::Settings;
@@ -20,6 +22,12 @@ use crate::metrics::Local;
 use crate::snapshot::{Snapshot, Target};
 use crate::state::{Proxy, WorkerLoad};
 use crate::upstream::Pools;
+
+/// Stack of a thread that calls filters, bytes: a guest's own and room for the host's frames above it, unoptimised builds
+/// included. Too little would abort the process; what is not touched costs nothing.
+pub const STACK: usize = 4 << 20;
+/// Instances of replaced filters that are still held are looked at again after this long.
+const RELEASE_AGAIN: Duration = Duration::from_millis(500);
 
 /// What this proxy's own traffic is counted under.
 #[derive(Debug)]
@@ -130,7 +138,7 @@ pub fn start(proxy: &Arc<Proxy>, listeners: Vec<Listeners>) -> io::Result<Vec<Jo
     for (index, (listeners, mailbox)) in listeners.into_iter().zip(receivers).enumerate() {
         let runtime = move || Builder::new_current_thread().enable_all().build_local(LocalOptions::default());
         let (proxy, senders) = (proxy.clone(), senders.clone());
-        let thread = std::thread::Builder::new().name(format!("worker-{index}"));
+        let thread = std::thread::Builder::new().name(format!("worker-{index}")).stack_size(STACK);
         threads.push(thread.spawn(move || match runtime() {
             Ok(runtime) => runtime.block_on(run(proxy, index, listeners, mailbox, senders)),
             Err(error) => tracing::error!(%error, "a worker has no runtime"),
@@ -153,6 +161,7 @@ async fn run(
     let mut swaps = worker.proxy.directory.swaps();
     let cut = worker.drain.reached(Phase::Cut);
     tokio::pin!(cut);
+    let mut release_at = None;
     loop {
         tokio::select! {
             () = &mut cut => return,
@@ -161,11 +170,26 @@ async fn run(
                 if changed.is_err() {
                     return;
                 }
-                // Pinned by nobody on this thread from here on, so that what a swap replaced is freed.
-                let snapshot = worker.snapshot();
-                snapshot.filters.values().filter_map(|slot| slot.plugin.as_ref()).for_each(crate::filter::warm);
-                crate::filter::release_unused();
+                release_at = renew_filters(&worker);
             }
+            () = at(release_at) => release_at = renew_filters(&worker),
         }
+    }
+}
+
+/// Starts this worker's instances of the newest filters and drops those that nothing uses any more. When to do so again: some
+/// are still held, by exchanges or by a worker that has not refreshed yet.
+fn renew_filters(worker: &Worker) -> Option<Instant> {
+    // Pinned by nobody on this thread from here on, so that what a swap replaced is freed.
+    let snapshot = worker.snapshot();
+    let plugins = || snapshot.filters.values().filter_map(|slot| slot.plugin.as_ref());
+    plugins().for_each(crate::filter::warm);
+    (crate::filter::release_unused() > plugins().count()).then(|| Instant::now() + RELEASE_AGAIN)
+}
+
+async fn at(time: Option<Instant>) {
+    match time {
+        Some(time) => tokio::time::sleep_until(time).await,
+        None => std::future::pending().await,
     }
 }

@@ -309,7 +309,11 @@ impl Engine {
             }
             Err(problem) => {
                 let slot = FilterSlot { plugin: None, fail_open: prepare.spec.fail_open };
-                self.filters.entry(key.clone()).or_insert(slot);
+                let kept = self.filters.entry(key.clone()).or_insert_with(|| slot.clone());
+                if kept.plugin.is_none() {
+                    // Nothing serves: the newest policy says what that means.
+                    *kept = slot;
+                }
                 Some(problem)
             }
         };

@@ -7,12 +7,14 @@ mod chain;
 mod info;
 mod local;
 mod plugin;
+mod report;
 pub mod wasm;
 
 pub use chain::Chain;
 pub use info::{FilterState, Heads, StreamInfo};
 pub use local::LocalResponse;
-pub use plugin::{Compiler, FilterError, Health, Plugin, Plugins, Settings, StatusRow};
+pub use plugin::{Compiler, FilterError, Plugin, Plugins, Settings};
+pub use report::{Health, StatusRow, prometheus};
 pub use wasm::{release_unused, warm};
 
 use std::rc::Rc;

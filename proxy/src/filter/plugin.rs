@@ -8,9 +8,9 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use outrigger_proto::mesh;
-use serde::Serialize;
 
 use super::Filter;
+use super::report::{Health, StatusRow};
 use super::wasm::{Counters, Ready, Restart, Runtime, WasmFilter};
 
 /// Milliseconds where a specification has 0.
@@ -56,47 +56,6 @@ pub enum FilterError {
     /// The proxy's own trouble: disk, child process
     #[error("{0}: {1}")]
     Io(String, #[source] std::io::Error),
-}
-
-/// How a filter does in this process.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Health {
-    /// Instances run, or will at the first request
-    Running,
-    /// Three failures in 10 s: the next instance waits for its time
-    BackingOff,
-    /// The wait has reached its maximum
-    Quarantined,
-}
-
-/// A row of `/filters`.
-#[derive(Debug, Clone, Serialize)]
-pub struct StatusRow {
-    /// Namespace of the WasmFilter
-    pub namespace: String,
-    /// Its name
-    pub name: String,
-    /// Hex SHA-256 of the module
-    pub sha256: String,
-    /// Worst of all workers
-    pub health: Health,
-    /// Live instances, over all workers
-    pub instances: usize,
-    /// Exchanges that entered the filter
-    pub requests: u64,
-    /// Callbacks made
-    pub calls: u64,
-    /// Instances that trapped, ran too long or used too much memory
-    pub failures: u64,
-    /// Of these, the ones that ran too long
-    pub timeouts: u64,
-    /// Linear memory of all instances, bytes
-    pub memory_bytes: u64,
-    /// The last failure
-    pub last_error: Option<String>,
-    /// Why the newest version is not the one that serves
-    pub refused: Option<String>,
 }
 
 /// A WASM filter, compiled, linked and tried once; of one version of its configuration. Shared by all workers.
@@ -237,7 +196,8 @@ pub struct Plugins {
 #[derive(Debug, Default)]
 struct Known {
     plugin: Weak<Plugin>,
-    refused: Option<String>,
+    /// Digest of the newest version and why it is not used
+    refused: Option<(String, String)>,
 }
 
 impl Plugins {
@@ -281,7 +241,7 @@ impl Plugins {
             Ok(plugin) => *entry = Known { plugin: Arc::downgrade(plugin), refused: None },
             // The caller fetches it and comes again.
             Err(FilterError::Missing(_)) => {}
-            Err(error) => entry.refused = Some(error.to_string()),
+            Err(error) => entry.refused = Some((spec.sha256.clone(), error.to_string())),
         }
         result
     }
@@ -304,13 +264,20 @@ impl Plugins {
         }))
     }
 
-    /// Rows of `/filters`, by namespace and name. A version that only drains is not listed.
+    /// Rows of `/filters`, by namespace and name. A version that only drains is not listed; what was refused is, even after its
+    /// configuration is gone: whoever shows it knows what is configured.
     pub fn status(&self) -> Vec<StatusRow> {
         let now = Instant::now();
         let known = lock(&self.known);
         let mut rows: Vec<StatusRow> = known
-            .values()
-            .filter_map(|known| Some(StatusRow { refused: known.refused.clone(), ..known.plugin.upgrade()?.row(now) }))
+            .iter()
+            .filter_map(|((namespace, name), known)| match (known.plugin.upgrade(), &known.refused) {
+                (Some(plugin), refused) => {
+                    Some(StatusRow { refused: refused.as_ref().map(|(_, why)| why.clone()), ..plugin.row(now) })
+                }
+                (None, Some((sha256, why))) => Some(StatusRow::refused(namespace, name, sha256, why)),
+                (None, None) => None,
+            })
             .collect();
         rows.sort_by(|a, b| (&a.namespace, &a.name).cmp(&(&b.namespace, &b.name)));
         rows

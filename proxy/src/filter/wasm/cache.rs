@@ -169,6 +169,9 @@ fn write_private(file: &Path, bytes: &[u8]) -> Result<(), FilterError> {
 }
 
 fn compile_to(engine: &Engine, module: &[u8], output: &Path) -> Result<(), FilterError> {
+    if !module.starts_with(b"\0asm") {
+        return Err(FilterError::Refused("not a WebAssembly module: it does not begin with \\0asm".into()));
+    }
     let code = engine
         .precompile_module(module)
         .map_err(|error| FilterError::Refused(format!("not a WebAssembly module that can be compiled: {error:#}")))?;

@@ -43,8 +43,10 @@ pub fn warm(plugin: &Arc<Plugin>) {
     let _ = acquire(plugin);
 }
 
-/// Drops the calling worker's instances of filters that no snapshot and no exchange uses any more. Workers call it after a swap.
-pub fn release_unused() {
+/// Drops the calling worker's instances of filters that no snapshot and no exchange uses any more, and returns how many it
+/// still has. Workers call it after a swap, and again while they have more than the snapshot names: what another worker or an
+/// exchange held a moment ago is free soon.
+pub fn release_unused() -> usize {
     let unused: Vec<_> = INSTANCES.with_borrow_mut(|all| {
         let ids: Vec<u64> =
             all.iter().filter(|(_, (plugin, _))| plugin.strong_count() == 0).map(|(id, _)| *id).collect();
@@ -52,6 +54,7 @@ pub fn release_unused() {
     });
     // Outside the borrow: an instance's end runs guest code.
     drop(unused);
+    INSTANCES.with_borrow(HashMap::len)
 }
 
 enum State {

@@ -1,5 +1,6 @@
 //! What is refused before it serves, and what loads.
 
+use super::super::super::Health;
 use super::guest::{Bench, custom, exchange, import, on_headers, passed, wat};
 
 #[test]
@@ -70,8 +71,10 @@ fn c09_c10_c11_a_refused_configuration_refuses_the_filter() {
         let message = bench.refusal(&wat("", &body));
         assert!(message.contains(expected), "{message}");
     }
-    // Reported although nothing of that name serves; the next good version clears it.
-    assert!(bench.plugins.status().is_empty());
+    // Reported although nothing of that name serves.
+    let row = &bench.plugins.status()[0];
+    assert_eq!(row.health, Health::Refused);
+    assert!(row.refused.as_ref().is_some_and(|why| why.contains("it trapped")), "{row:?}");
 }
 
 #[test]
