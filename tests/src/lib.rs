@@ -27,7 +27,7 @@ pub use binaries::binary;
 pub use certificates::{Authority, Leaf};
 pub use curl::{Curl, Response};
 pub use guest::{Guest, example_filter};
-pub use local::{Authority, Local, LocalBuilder, LocalProxy};
+pub use local::{Local, LocalBuilder, LocalProxy};
 pub use mesh::{Control, Mesh, Proxy, ProxyBuilder};
 pub use metrics::Metrics;
 pub use netns::{Host, Lan};

@@ -4,11 +4,9 @@ use std::fs;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
-use rcgen::string::Ia5String;
-use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair, SanType};
-
-use crate::{Address, Curl, Metrics, Process, Response, binary, until};
+use crate::{Address, Authority, Curl, Metrics, Process, Response, binary, until};
 
 /// A directory of YAML, and the proxies that read it.
 #[derive(Debug)]
@@ -36,6 +34,18 @@ impl Local {
         replace(&self.path("config").join(name), text);
     }
 
+    /// Writes `NAME.pem`, `NAME.key` and `NAME.ca`, each in one step: a certificate for an account of namespace `demo`, and
+    /// whom its owner trusts.
+    pub fn issue(&self, name: &str, account: &str, signer: &Authority, trusted: &[&Authority]) {
+        let staging = tempfile::tempdir_in(self.directory.path()).expect("temporary directory");
+        let read = |path: &Path| fs::read_to_string(path).expect("read");
+        let leaf = signer.leaf(staging.path(), "leaf", &format!("demo/{account}"), Some(Duration::from_secs(3600)));
+        let bundle = trusted.iter().map(|root| read(&root.write(staging.path(), "root").cert)).collect();
+        for (extension, text) in [("key", read(&leaf.key)), ("ca", bundle), ("pem", read(&leaf.cert))] {
+            replace(&self.path(&format!("{name}.{extension}")), &text);
+        }
+    }
+
     /// A proxy of namespace `demo` over the directory, not started yet.
     pub fn proxy(&self, name: &str) -> LocalBuilder<'_> {
         LocalBuilder { local: self, name: name.to_owned(), flags: Vec::new() }
@@ -57,7 +67,7 @@ impl LocalBuilder<'_> {
         self
     }
 
-    /// Its identity, from the files that [`Authority::issue`] wrote for `name`.
+    /// Its identity, from the files that [`Local::issue`] wrote for `name`.
     pub fn identity(self, name: &str) -> Self {
         let path = |extension: &str| self.local.path(&format!("{name}.{extension}")).display().to_string();
         let (cert, key, ca) = (path("pem"), path("key"), path("ca"));
@@ -118,39 +128,6 @@ impl LocalProxy {
     /// What it counted.
     pub fn metrics(&self) -> Metrics {
         Metrics::parse(&self.admin("/metrics").body)
-    }
-}
-
-/// A certificate authority of the test's own.
-#[derive(Debug)]
-pub struct Authority {
-    issuer: Issuer<'static, KeyPair>,
-    pem: String,
-}
-
-impl Authority {
-    /// A new root.
-    pub fn new(name: &str) -> Self {
-        let key = KeyPair::generate().expect("key");
-        let mut params = CertificateParams::default();
-        params.distinguished_name.push(rcgen::DnType::CommonName, name);
-        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        params.key_usages = vec![rcgen::KeyUsagePurpose::KeyCertSign];
-        let pem = params.self_signed(&key).expect("root").pem();
-        Self { issuer: Issuer::new(params, key), pem }
-    }
-
-    /// Writes `<name>.pem`, `.key` and `.ca` (this root and `others`) for an account of namespace `demo`, each in one step.
-    pub fn issue(&self, local: &Local, name: &str, account: &str, others: &[&Self]) {
-        let key = KeyPair::generate().expect("key");
-        let mut params = CertificateParams::default();
-        let id = format!("spiffe://cluster.local/ns/demo/sa/{account}");
-        params.subject_alt_names = vec![SanType::URI(Ia5String::try_from(id).expect("URI"))];
-        let pem = params.signed_by(&key, &self.issuer).expect("certificate").pem();
-        let bundle: String = std::iter::once(&self).chain(others).map(|root| root.pem.as_str()).collect();
-        for (extension, text) in [("key", key.serialize_pem()), ("ca", bundle), ("pem", pem)] {
-            replace(&local.path(&format!("{name}.{extension}")), &text);
-        }
     }
 }
 
