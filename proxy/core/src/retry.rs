@@ -130,6 +130,7 @@ fn named(policy: &Retries, failure: Failure) -> bool {
         Failure::Unprocessed => policy.connect_failure || policy.reset,
         Failure::Reset | Failure::PerTryTimeout => policy.reset,
         Failure::Overflow => false,
+        // A proxy that sheds load is not helped by more of it.
         Failure::Response { reason: Some(reason), .. } if overload(reason) || spreads(reason) => false,
         Failure::Response { status, grpc, reason } => {
             policy.statuses.contains(&status)
