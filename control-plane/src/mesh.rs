@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use outrigger_core::compile::{Answer, Catalog, Client, Found, Inputs, Module, Modules, wanted_modules};
 use outrigger_core::key::Key;
-use outrigger_core::resource::Registration;
+use outrigger_core::resource::{Registration, Rejection};
 use tokio::sync::{Notify, mpsc, watch};
 
 use crate::durable;
@@ -296,17 +296,20 @@ impl Mesh {
 
     fn build(&self, building: &mut Building) {
         let registrations = self.leases().registrations();
-        let mut accepted = building.accepted.clone();
         let held = building.modules.held();
-        let inputs = Inputs {
-            resources: accepted.resources.clone(),
+        let inputs = |building: &Building| Inputs {
+            resources: building.accepted.resources.clone(),
             registrations: registrations.clone(),
             trust_domain: self.settings.trust_domain.clone(),
-            closed: accepted.closed.clone(),
+            closed: building.accepted.closed.clone(),
             modules: Modules { files: building.found.clone(), held: held.clone() },
             roots: BTreeMap::from([(self.settings.trust_domain.clone(), building.roots.clone())]),
         };
-        let (catalog, rejections) = Catalog::build(inputs);
+        let (mut catalog, mut rejections) = Catalog::build(inputs(building));
+        if building.restore(&rejections) {
+            (catalog, rejections) = Catalog::build(inputs(building));
+        }
+        let mut accepted = building.accepted.clone();
         let now = self.now();
         for rejection in rejections {
             if !now.accepted.rejected.iter().any(|known| known.rejection == rejection) {
@@ -325,6 +328,24 @@ impl Mesh {
         if let Err(error) = write_registrations(&self.settings.state.join("registrations.json"), &registrations) {
             tracing::error!(%error, "registrations cannot be written");
         }
+    }
+}
+
+impl Building {
+    /// Puts back the last good versions of policies that contradict older ones; whether there was any. Other findings of the
+    /// compilation leave a resource in force, or have no earlier version.
+    fn restore(&mut self, rejections: &[Rejection]) -> bool {
+        let mut restored = false;
+        for rejection in rejections.iter().filter(|rejection| rejection.kind == "TrafficPolicy") {
+            let Some(last) = self.store.retract(rejection) else { continue };
+            if let Some(place) = self.accepted.resources.iter_mut().find(|loaded| loaded.id == last.id) {
+                *place = last;
+            }
+            tracing::error!("rejected: {rejection}");
+            self.accepted.rejected.push(Rejected::new(rejection.clone(), Serving::LastGood));
+            restored = true;
+        }
+        restored
     }
 }
 

@@ -4,7 +4,7 @@
 use std::process::Command;
 
 use nix::sys::signal::Signal;
-use outrigger_e2e::{Backend, Curl, Mesh, Metrics, python, succeed, until};
+use outrigger_e2e::{Backend, Curl, Mesh, Metrics, Proxy, Recorded, Reply, python, succeed, until};
 use serde_json::Value;
 
 /// Services a, b and c; a has a cluster IP.
@@ -179,6 +179,46 @@ fn a_bad_resource_is_rejected_alone_and_its_last_good_version_serves_on() {
     // Removed is removed.
     mesh.write("mesh.yaml", &THREE.replace("name: a,", "name: renamed,"));
     until("a is gone", || (client.call("a", "/").send().reason() == Some("unknown-service")).then_some(()));
+}
+
+#[test]
+fn a_policy_that_contradicts_an_older_one_is_rejected_and_its_last_good_version_serves_on() {
+    let mut mesh = Mesh::start(THREE);
+    let failing = |_: &Recorded| Reply::Answer { status: 503, headers: Vec::new(), body: Vec::new() };
+    let application = Backend::http_with([127, 0, 0, 1].into(), "b", failing);
+    let _b = mesh.proxy("b-0").labels("app=b").app(&application.address()).start();
+    let policies = |target: &str| {
+        let policy = |name: &str, service: &str| {
+            format!(
+                "apiVersion: outrigger.dev/v1alpha1\nkind: TrafficPolicy\nmetadata: {{name: {name}, namespace: demo}}\n\
+                 spec: {{targetRefs: [{{group: '', kind: Service, name: {service}}}], retries: {{attempts: 0}}}}\n---\n"
+            )
+        };
+        policy("one", "a") + &policy("two", target)
+    };
+    // How often the application is asked for one request: without a policy three times.
+    let asked = |proxy: &Proxy| {
+        let before = application.count();
+        assert_eq!(proxy.call("b", "/").send().status, 503);
+        application.count() - before
+    };
+    mesh.write("policies.yaml", &policies("b"));
+    let client = mesh.proxy("client-0").start();
+    until("the policy applies", || (asked(&client) == 1).then_some(()));
+
+    mesh.write("policies.yaml", &policies("a"));
+    let listed = |mesh: &Mesh| {
+        let rejected = mesh.api("/api/v1/status")["rejections"].as_array()?.first().cloned()?;
+        assert_eq!((&rejected["name"], &rejected["serving"]), (&"two".into(), &"last good".into()), "{rejected}");
+        Some(())
+    };
+    until("the rejection is listed", || listed(&mesh));
+    // And across a restart, for a proxy that never knew it.
+    mesh.control.restart();
+    until("the rejection is listed again", || listed(&mesh));
+    let late = mesh.proxy("late-0").start();
+    until("b is known", || (late.call("b", "/").send().reason().is_none()).then_some(()));
+    assert_eq!((asked(&client), asked(&late)), (1, 1));
 }
 
 #[test]

@@ -68,6 +68,8 @@ pub struct Accepted {
 pub struct Store {
     path: PathBuf,
     good: BTreeMap<ResourceId, Good>,
+    /// What was good before the files changed the last time
+    before: BTreeMap<ResourceId, Good>,
     next_order: u64,
     parsed: HashMap<String, (String, Arc<Parsed>)>,
     unsaved: bool,
@@ -103,7 +105,14 @@ impl Store {
     /// # Errors
     /// When the file exists and cannot be read: starting without it would drop resources that served.
     pub fn open(path: PathBuf) -> io::Result<Self> {
-        let mut store = Self { path, good: BTreeMap::new(), next_order: 0, parsed: HashMap::new(), unsaved: false };
+        let mut store = Self {
+            path,
+            good: BTreeMap::new(),
+            before: BTreeMap::new(),
+            next_order: 0,
+            parsed: HashMap::new(),
+            unsaved: false,
+        };
         let text = match std::fs::read(&store.path) {
             Ok(text) => text,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(store),
@@ -156,11 +165,26 @@ impl Store {
         }
         accepted.rejected.extend(next.duplicates.into_iter().map(|again| Rejected::new(again, Serving::Nothing)));
         self.unsaved |= !same(&self.good, &next.good);
-        self.good = next.good;
+        self.before = std::mem::replace(&mut self.good, next.good);
         let mut by_age: Vec<&Good> = self.good.values().collect();
         by_age.sort_by_key(|good| good.order);
         accepted.resources = by_age.into_iter().map(|good| good.loaded.clone()).collect();
         accepted
+    }
+
+    /// Takes back the version that was accepted last, because it contradicts another resource. Returns the version before it,
+    /// which is the last good one again.
+    pub fn retract(&mut self, rejection: &Rejection) -> Option<Arc<Loaded>> {
+        let Rejection { kind, namespace, name, .. } = rejection;
+        let id = ResourceId { kind: kind.clone(), namespace: namespace.clone(), name: name.clone() };
+        let last = self.before.get(&id)?.clone();
+        let current = self.good.get_mut(&id)?;
+        if Arc::ptr_eq(&current.loaded, &last.loaded) {
+            return None;
+        }
+        *current = last.clone();
+        self.unsaved = true;
+        Some(last.loaded)
     }
 
     /// Writes what is held, if it changed since the last time.
