@@ -65,7 +65,8 @@ pub enum Ended {
 
 impl Peer {
     fn new(verified: Verified, resumed: bool, now: UnixTime) -> Self {
-        let left = u64::try_from(verified.not_after).unwrap_or(0).saturating_sub(now.as_secs());
+        // A certificate is good through its last second; so whoever was just let in has at least a second.
+        let left = (u64::try_from(verified.not_after).unwrap_or(0) + 1).saturating_sub(now.as_secs());
         Self {
             identity: verified.identity,
             not_after: SystemTime::UNIX_EPOCH + Duration::from_secs(u64::try_from(verified.not_after).unwrap_or(0)),
