@@ -451,4 +451,5 @@ mod counts;
 mod ends;
 mod filtered;
 mod h2;
+mod limits;
 mod retrying;
