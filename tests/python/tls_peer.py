@@ -2,7 +2,8 @@
 nothing, so that what is refused is refused by the other side. Prints JSON.
 
   tls_peer.py call ADDRESS SNI [CERT KEY]     one request; {"status": 200 or null, "error": why there was none}
-  tls_peer.py resume ADDRESS SNI CERT KEY     requests on connections that resume one session, until one is refused;
+  tls_peer.py resume ADDRESS SNI CERT KEY     requests on connections that resume one session, until they are refused
+                                              for good (in its last second a certificate is taken and dropped);
                                               a line of JSON for each: {"status", "resumed", "error"}
   tls_peer.py serve ADDRESS CERT KEY          prints "ready", then for each connection how many bytes arrived inside TLS:
                                               {"bytes": n, "error": why no handshake}; answers every request with 200"""
@@ -56,11 +57,13 @@ def call(where, sni, *files):
 
 
 def resume(where, sni, *files):
-    context, session = client(files), None
+    context, session, refused = client(files), None, 0
     for _ in range(300):
-        told, session = request(context, address(where), sni, session)
+        told, newer = request(context, address(where), sni, session)
+        session = newer or session
         print(json.dumps(told), flush=True)
-        if told["status"] is None:
+        refused = refused + 1 if told["status"] is None else 0
+        if refused == 30:
             return
         time.sleep(0.05)
 
