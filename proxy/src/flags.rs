@@ -61,6 +61,9 @@ pub struct Flags {
     /// Worker threads. Default: the CPU quota rounded up, at most 2
     #[arg(long, env = "OUTRIGGER_WORKERS", value_parser = clap::value_parser!(u16).range(1..=256))]
     pub workers: Option<u16>,
+    /// How long a client may take to send the head of a request, from its first byte
+    #[arg(long, env = "OUTRIGGER_HEADER_TIMEOUT", default_value = "10s", value_parser = duration, value_name = "DURATION")]
+    pub header_timeout: Duration,
     /// While draining, requests are accepted for at least this long
     #[arg(long, env = "OUTRIGGER_DRAIN_MIN", default_value = "1s", value_parser = duration, value_name = "DURATION")]
     pub drain_min: Duration,
@@ -185,6 +188,8 @@ pub struct Settings {
     pub intercept: Intercept,
     /// Worker threads
     pub workers: u16,
+    /// Most time from the first byte of a request's head to its last
+    pub header_timeout: Duration,
     /// Least time to accept while draining
     pub drain_min: Duration,
     /// Most time for draining
@@ -225,6 +230,7 @@ impl Flags {
             advertise: self.advertise,
             admin: self.admin,
             intercept: self.intercept,
+            header_timeout: self.header_timeout,
             drain_min: self.drain_min,
             drain_max: self.drain_max,
             log: self.log,

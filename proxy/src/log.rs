@@ -2,8 +2,10 @@
 
 use std::fmt::Write as _;
 use std::io::Write as _;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 /// Lines that may wait to be written.
 const QUEUE: usize = 4096;
@@ -12,6 +14,8 @@ const QUEUE: usize = 4096;
 #[derive(Debug, Clone)]
 pub struct AccessLog {
     lines: SyncSender<String>,
+    /// Queued and not written yet
+    waiting: Arc<AtomicU64>,
 }
 
 /// What one line says.
@@ -64,24 +68,38 @@ impl AccessLog {
     /// When no thread can be made.
     pub fn stdout() -> std::io::Result<Self> {
         let (log, lines) = Self::channel();
-        std::thread::Builder::new().name("access-log".into()).spawn(move || write_all(&lines))?;
+        let waiting = log.waiting.clone();
+        std::thread::Builder::new().name("access-log".into()).spawn(move || write_all(&lines, &waiting))?;
         Ok(log)
     }
 
     /// A log whose lines are read by the caller.
     pub fn channel() -> (Self, Receiver<String>) {
         let (tx, rx) = sync_channel(QUEUE);
-        (Self { lines: tx }, rx)
+        (Self { lines: tx, waiting: Arc::default() }, rx)
     }
 
     /// Queues one line. False: it was dropped, and is to be counted.
     #[must_use]
     pub fn write(&self, entry: &Entry<'_>) -> bool {
-        self.lines.try_send(entry.json()).is_ok()
+        self.waiting.fetch_add(1, Ordering::AcqRel);
+        let queued = self.lines.try_send(entry.json()).is_ok();
+        if !queued {
+            self.waiting.fetch_sub(1, Ordering::AcqRel);
+        }
+        queued
+    }
+
+    /// Before the process ends: waits until what was queued is written, at most this long.
+    pub fn flush(&self, most: Duration) {
+        let end = Instant::now() + most;
+        while self.waiting.load(Ordering::Acquire) > 0 && Instant::now() < end {
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
 }
 
-fn write_all(lines: &Receiver<String>) {
+fn write_all(lines: &Receiver<String>, waiting: &AtomicU64) {
     let mut out = std::io::LineWriter::new(std::io::stdout());
     for mut line in lines {
         line.push('\n');
@@ -89,6 +107,7 @@ fn write_all(lines: &Receiver<String>) {
         if out.write_all(line.as_bytes()).is_err() {
             return;
         }
+        waiting.fetch_sub(1, Ordering::AcqRel);
     }
 }
 

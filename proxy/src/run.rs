@@ -5,6 +5,7 @@ use std::io::IsTerminal;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -35,6 +36,9 @@ use crate::worker::{self, Listeners};
 /// Threads of the runtime that serves no request: discovery, certificates, administration, compiling filters.
 const CONTROL_THREADS: usize = 1;
 
+/// Most time for the last lines of the access log.
+const LAST_LINES: Duration = Duration::from_secs(1);
+
 /// Runs a proxy until it has drained.
 ///
 /// # Errors
@@ -58,6 +62,7 @@ pub fn run(settings: Settings) -> Result<()> {
         // A worker that panicked has said so; the process ends all the same.
         let _ = thread.join();
     }
+    started.proxy.log.flush(LAST_LINES);
     runtime.shutdown_background();
     Ok(())
 }

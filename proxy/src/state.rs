@@ -5,6 +5,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::Instant;
 
+use outrigger_core::breaker::Kind;
+
 use crate::discovery::Directory;
 use crate::drain::Drain;
 use crate::flags::{Settings, Source};
@@ -90,7 +92,14 @@ impl Proxy {
                     "state": format!("{:?}", endpoint.state(now)),
                 })
             });
-            serde_json::json!({"key": cluster.key.to_string(), "endpoints": endpoints.collect::<Vec<_>>()})
+            let count = |kind| cluster.breaker.count(kind);
+            serde_json::json!({
+                "key": cluster.key.to_string(),
+                "connections": count(Kind::Connection),
+                "pending": count(Kind::Pending),
+                "requests": count(Kind::Request),
+                "endpoints": endpoints.collect::<Vec<_>>(),
+            })
         });
         serde_json::Value::Array(rows.collect())
     }

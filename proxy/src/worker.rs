@@ -147,6 +147,17 @@ pub fn start(proxy: &Arc<Proxy>, listeners: Vec<Listeners>) -> io::Result<Vec<Jo
     Ok(threads)
 }
 
+/// What is cut still counts and logs how it ended.
+async fn wind_up(worker: &Worker) {
+    const MOST: Duration = Duration::from_millis(500);
+    let over = async {
+        while worker.load.open() > 0 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    let _ = tokio::time::timeout(MOST, over).await;
+}
+
 async fn run(
     proxy: Arc<Proxy>,
     index: usize,
@@ -164,7 +175,7 @@ async fn run(
     let mut release_at = None;
     loop {
         tokio::select! {
-            () = &mut cut => return,
+            () = &mut cut => return wind_up(&worker).await,
             Some(accepted) = mailbox.recv() => listen::adopt(&worker, accepted),
             changed = swaps.changed() => {
                 if changed.is_err() {

@@ -75,7 +75,6 @@ reasons! {
     FilterResponse = "filter-response", StatusCode::OK, 0, "A filter answered; the status is the filter's.", "Look at the filter.";
     RouteResponse = "route-response", StatusCode::FOUND, 0, "A route's redirect answered; the status is the route's.", "Nothing to do.";
     Draining = "draining", StatusCode::SERVICE_UNAVAILABLE, 14, "The proxy is shutting down and takes no new requests.", "Nothing to do: callers go elsewhere.";
-    Internal = "internal", StatusCode::INTERNAL_SERVER_ERROR, 13, "A fault of the proxy.", "Report it with the proxy's log.";
 }
 
 /// `docs/reasons.md`, whole.

@@ -17,7 +17,7 @@ use outrigger_core::reason::Reason;
 
 use super::attempt::Attempt;
 use super::body::{BodyError, ResponseBody, Tail};
-use super::{Connection, Way, head, inbound, outbound, respond, response as reply, serve, upgrade};
+use super::{Connection, ConnectionInfo, Way, head, inbound, outbound, respond, response as reply, serve, upgrade};
 use crate::filter::{Chain, Outcome as Filtered, StreamInfo};
 use crate::log::Entry;
 use crate::metrics::Metric;
@@ -150,10 +150,11 @@ pub(super) async fn handle(
     let mut exchange = Box::new(Exchange::new(connection, &head));
     let hops = reply::Hops::of(&head);
     let incomer = Incomer { head, body, upgrade };
-    let answer = match exchange.connection.way() {
+    let connection = exchange.connection.clone();
+    let answer = match &connection.info {
         _ if too_large(&incomer.head) => Err(Reason::HeadersTooLarge.into()),
-        Way::Outbound => outbound::handle(&mut exchange, incomer).await,
-        Way::Inbound => inbound::handle(&mut exchange, incomer).await,
+        ConnectionInfo::Outbound(info) => outbound::handle(&mut exchange, info, incomer).await,
+        ConnectionInfo::Inbound(info) => inbound::handle(&mut exchange, info, incomer).await,
     };
     let response = match answer {
         Ok(Answer::Upstream(response, attempt)) => {

@@ -8,10 +8,10 @@ use outrigger_core::link::{InboundPort, MtlsMode};
 use outrigger_core::normalize::{self, Canonical, Direction, Rules};
 use outrigger_core::reason::Reason;
 
-use super::ConnectionInfo;
 use super::attempt;
 use super::exchange::{Answer, Exchange, Failure, Incomer, Judged};
 use super::request::{self as outgoing, Outgoing};
+use crate::listen::Inbound;
 use crate::metrics::Metric;
 use crate::snapshot::Snapshot;
 use crate::upstream::{Label, Target};
@@ -21,9 +21,8 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Handles a request to the own application.
-pub(super) async fn handle(x: &mut Exchange, mut inc: Incomer) -> Result<Answer, Failure> {
+pub(super) async fn handle(x: &mut Exchange, info: &Inbound, mut inc: Incomer) -> Result<Answer, Failure> {
     let connection = x.connection.clone();
-    let ConnectionInfo::Inbound(info) = &connection.info else { return Err(Reason::Internal.into()) };
     let snapshot = connection.worker.snapshot();
     let number = info.app.address.port();
     let inbound = snapshot.inbound.clone().ok_or(Reason::DiscoveryUnavailable)?;

@@ -18,7 +18,7 @@ use outrigger_core::route::{self, Selected, Split};
 use super::attempt::{self, Call};
 use super::exchange::{Answer, Exchange, Failure, Incomer, Judged};
 use super::request::{self as outgoing, Outgoing};
-use super::{Asked, Connection, ConnectionInfo};
+use super::{Asked, Connection};
 use crate::listen;
 use crate::snapshot::{self, Snapshot};
 use crate::upstream::{Label, Target};
@@ -28,9 +28,8 @@ const OUTSIDE_CONNECT: Duration = Duration::from_secs(10);
 const OUTSIDE_IDLE: Duration = Duration::from_secs(60);
 
 /// Handles a request of the own application.
-pub(super) async fn handle(x: &mut Exchange, mut inc: Incomer) -> Result<Answer, Failure> {
+pub(super) async fn handle(x: &mut Exchange, info: &listen::Outbound, mut inc: Incomer) -> Result<Answer, Failure> {
     let connection = x.connection.clone();
-    let ConnectionInfo::Outbound(info) = &connection.info else { return Err(Reason::Internal.into()) };
     let mut canonical = normalized(x, &mut inc.head)?;
     let mut place = Place::find(&connection, info, &inc.head).await?;
     x.begin_outbound(&place.snapshot);

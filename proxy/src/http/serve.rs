@@ -21,7 +21,6 @@ use crate::worker::Worker;
 pub(super) const MAX_HEAD: usize = 64 * 1024;
 /// Header fields.
 const MAX_HEADERS: usize = 100;
-const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
 const IDLE_TIMEOUT: Duration = Duration::from_secs(300);
 /// Streams of one client's connection.
 const MAX_STREAMS: u32 = 250;
@@ -52,7 +51,7 @@ pub async fn serve(io: Io, info: ConnectionInfo, version: Version, worker: Rc<Wo
 }
 
 async fn serve_http1(io: Io, connection: &Rc<Connection>) -> hyper::Result<()> {
-    let times = Times { head: HEAD_TIMEOUT, idle: IDLE_TIMEOUT };
+    let times = Times { head: connection.worker.proxy.settings.header_timeout, idle: IDLE_TIMEOUT };
     let io = Guarded::new(io, connection.phase.clone(), times);
     let service = {
         let connection = connection.clone();

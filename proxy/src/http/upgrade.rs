@@ -5,8 +5,10 @@ use hyper_util::rt::TokioIo;
 use outrigger_core::reason::Reason;
 use std::time::Duration;
 
+use super::Way;
 use super::attempt::Attempt;
 use super::exchange::{Exchange, Running};
+use crate::listen;
 use crate::metrics::Metric;
 use crate::{tcp, tls};
 
@@ -20,8 +22,14 @@ pub(super) fn start(
     (client, server): (OnUpgrade, OnUpgrade),
     running: Running,
 ) {
+    let worker = exchange.connection.worker.clone();
+    // The connection's own count ends with hyper's part of it; draining waits for the rest as well.
+    let way = match exchange.connection.way() {
+        Way::Inbound => listen::Way::Inbound,
+        Way::Outbound => listen::Way::Outbound,
+    };
+    let count = listen::Count::new(worker.load.clone(), way);
     tokio::task::spawn_local(async move {
-        let worker = exchange.connection.worker.clone();
         let _open = worker.metrics.hold(Metric::Upgrades, &[exchange.connection.way().name()]);
         // The endpoint has done its part: how long the connection lives says nothing of it.
         attempt.connected();
@@ -36,7 +44,7 @@ pub(super) fn start(
             },
             Err(error) => tracing::debug!(%error, "an upgrade was not completed"),
         }
-        drop((attempt, running));
+        drop((exchange, attempt, running, count));
     });
 }
 

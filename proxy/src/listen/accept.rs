@@ -39,13 +39,13 @@ pub struct Accepted {
 
 /// One open connection of a worker; given back on drop.
 #[derive(Debug)]
-struct Count {
+pub(crate) struct Count {
     load: Arc<WorkerLoad>,
     way: Way,
 }
 
 impl Count {
-    fn new(load: Arc<WorkerLoad>, way: Way) -> Self {
+    pub(crate) fn new(load: Arc<WorkerLoad>, way: Way) -> Self {
         let count = Self { load, way };
         count.of().fetch_add(1, Ordering::Relaxed);
         count

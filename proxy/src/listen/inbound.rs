@@ -92,11 +92,8 @@ fn meant(worker: &Worker, stream: &TcpStream) -> Result<Option<App>, Refusal> {
         return Ok(None);
     }
     let local = original::plain(stream.local_addr()?);
-    // Not redirected: a peer that dialled the inbound port itself, as one without interception is told to.
-    let Ok(destination) = original::destination(stream, local) else { return Ok(None) };
-    if destination.port() == local.port() {
-        return Ok(None);
-    }
+    // Not redirected: somebody dialled the inbound port itself, which with interception nobody is told to.
+    let destination = original::destination(stream, local).map_err(|_| Refusal::Own)?;
     if settings.own_ports().contains(&destination.port()) {
         return Err(Refusal::Own);
     }

@@ -8,7 +8,7 @@ mod outbound;
 mod peek;
 
 pub use accept::{Accepted, Way, bind};
-pub(crate) use accept::{accept, adopt};
+pub(crate) use accept::{Count, accept, adopt};
 
 use std::net::SocketAddr;
 use std::sync::Arc;
