@@ -8,6 +8,8 @@ use std::thread;
 
 use serde_json::json;
 
+use crate::Raw;
+
 /// One server. It stops when dropped.
 #[derive(Debug)]
 pub struct Backend {
@@ -71,7 +73,13 @@ impl Backend {
     pub fn http(ip: IpAddr, name: &str) -> Self {
         let told = name.to_owned();
         Self::http_with(ip, name, move |request| {
-            let status = request.path.strip_prefix("/status/").and_then(|status| status.parse().ok()).unwrap_or(200);
+            let status = request
+                .path
+                .split('?')
+                .next()
+                .and_then(|path| path.strip_prefix("/status/"))
+                .and_then(|status| status.parse().ok())
+                .unwrap_or(200);
             let body = json!({
                 "backend": told,
                 "method": request.method,
@@ -109,6 +117,20 @@ impl Backend {
             }
             let _ = stream.shutdown(Shutdown::Write);
         })
+    }
+
+    /// A server on a free port of `ip` that does with each connection what `script` says.
+    pub fn scripted(ip: IpAddr, script: impl Fn(Raw) + Send + Sync + Clone + 'static) -> Self {
+        Self::serve(listen(ip), move |stream, _, _| {
+            let ended = stream.try_clone().expect("clone of a socket");
+            script(Raw::new(stream));
+            let _ = ended.shutdown(Shutdown::Both);
+        })
+    }
+
+    /// Connections so far.
+    pub fn connections(&self) -> usize {
+        lock(&self.shared.connections).len()
     }
 
     fn serve(
@@ -160,6 +182,11 @@ impl Backend {
         }
         // Wakes the accepting thread, which drops the listener.
         let _ = TcpStream::connect(self.address);
+        self.cut();
+    }
+
+    /// Cuts every connection, and goes on accepting others.
+    pub fn cut(&self) {
         for (stream, _) in lock(&self.shared.connections).iter() {
             let _ = stream.shutdown(Shutdown::Both);
         }

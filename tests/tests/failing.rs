@@ -177,6 +177,55 @@ fn an_endpoint_that_keeps_failing_is_ejected_and_tried_again_later() {
     until("v1 is used again", || (shop.get("/").header("x-backend") == Some("v1")).then_some(()));
 }
 
+/// The state of each endpoint as web sees it.
+fn states(shop: &Shop) -> Vec<String> {
+    let clusters = shop.web.admin("/clusters").json();
+    let reviews = clusters.as_array().unwrap().iter().find(|cluster| cluster["key"] == "demo/reviews:80").unwrap();
+    let endpoints = reviews["endpoints"].as_array().unwrap();
+    endpoints.iter().map(|endpoint| endpoint["state"].as_str().unwrap().to_owned()).collect()
+}
+
+#[test]
+fn at_most_the_permitted_share_is_ejected() {
+    let [v1, v2] = pair(|_, _| status(500));
+    let shop = Shop::start_with(
+        &policy("  outlierDetection: {consecutiveFailures: 2, baseEjection: 60s, maxEjectedPercent: 50}"),
+        v1,
+        v2,
+    );
+    both_ready(&shop);
+    until("one is ejected", || {
+        shop.get("/");
+        states(&shop).contains(&"Ejected".to_owned()).then_some(())
+    });
+    // The other fails as well, and stays: half is the most.
+    let before = asked_with(&shop, "GET").len();
+    let answers: Vec<_> = (0..20).map(|_| told(&shop.get("/")).0).collect();
+    assert_eq!(answers, [500; 20]);
+    assert_eq!(asked_with(&shop, "GET").len() - before, 20);
+    let mut states = states(&shop);
+    states.sort();
+    assert_eq!(states, ["Ejected", "Healthy"]);
+}
+
+#[test]
+fn a_probe_that_fails_ejects_again() {
+    let bad = counting("v1", |_, _| status(500));
+    let shop = Shop::start_with(
+        &policy("  outlierDetection: {consecutiveFailures: 3, baseEjection: 1s, maxEjectedPercent: 50}"),
+        bad,
+        Backend::http(loopback(), "v2"),
+    );
+    both_ready(&shop);
+    until("v1 is probed, once", || {
+        shop.get("/");
+        (asked(&shop.v1) > 3).then_some(())
+    });
+    // One request decided: it is out again, for longer.
+    assert_eq!(asked(&shop.v1), 4);
+    assert!(states(&shop).contains(&"Ejected".to_owned()), "{:?}", states(&shop));
+}
+
 #[test]
 fn nobody_there_is_said_with_its_reason() {
     let mut shop = Shop::start("");

@@ -96,3 +96,23 @@ fn the_proxys_own_connections_do_not_come_back() {
     let response = Curl::from(shop.lan.host(3), &format!("http://{}:15001/", shop.lan.host(2).ip())).send();
     assert_ne!(response.status, 200, "{response:?}");
 }
+
+#[test]
+fn the_proxys_own_ports_are_no_way_in() {
+    let shop = shop();
+    let ip = shop.lan.host(2).ip();
+    let get = |port: u16| Curl::from(shop.lan.host(3), &format!("http://{ip}:{port}/own")).send();
+    until("the application is reached by its own port", || (get(PORT).status == 200).then_some(()));
+    let before = shop.application.count();
+    for port in [15001, 15006, 15000] {
+        let response = get(port);
+        assert_eq!(response.status, 0, "{port}: {response:?}");
+    }
+    assert_eq!(shop.application.count(), before);
+    // From within the mesh it is the same: 15006 is no port of the application.
+    let inside = Curl::from(shop.lan.host(1), &format!("http://{ip}:15006/own")).send();
+    assert_ne!(inside.status, 200, "{inside:?}");
+    assert_eq!(shop.application.count(), before);
+    // Health is for probes, and is not redirected.
+    assert_eq!(Curl::from(shop.lan.host(3), &format!("http://{ip}:15020/ready")).send().status, 200);
+}
