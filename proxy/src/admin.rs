@@ -190,6 +190,9 @@ impl Admin {
                 json!({
                     "inbound": load.inbound.load(Ordering::Relaxed),
                     "outbound": load.outbound.load(Ordering::Relaxed),
+                    "requests": load.requests.load(Ordering::Relaxed),
+                    "streams": load.streams.load(Ordering::Relaxed),
+                    "running": load.running(),
                     "accepted": load.accepted.load(Ordering::Relaxed),
                     "handedOver": load.handed_over.load(Ordering::Relaxed),
                 })

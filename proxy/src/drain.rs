@@ -5,10 +5,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::Duration;
 
+use outrigger_core::reason::Reason;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use crate::state::Proxy;
+use crate::state::{Activity, Proxy};
 
 /// How far the shutdown is. Later phases include earlier ones.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -150,16 +151,39 @@ pub async fn run(proxy: &Proxy, withdraw: impl Future<Output = ()>) {
     if tokio::time::timeout_at(end, told).await.is_ok() {
         proxy.drain.advance(Phase::Closing);
         proxy.drain.advance(Phase::Stopped);
-        while Instant::now() < end && proxy.open() != (0, 0) {
-            tokio::time::sleep(LOOK).await;
-        }
+        until_quiet(proxy, end).await;
     }
-    let (inbound, outbound) = proxy.open();
-    if (inbound, outbound) != (0, 0) {
-        tracing::warn!(inbound, outbound, "the maximum time of draining is over: what is open is cut");
+    let Activity { inbound, outbound_running, .. } = proxy.activity();
+    if inbound + outbound_running > 0 {
+        tracing::warn!(
+            inbound,
+            outbound = outbound_running,
+            reason = Reason::Draining.code(),
+            "the maximum time of draining is over: what is open is cut"
+        );
     }
     proxy.drain.advance(Phase::Cut);
     tracing::info!(took = ?started.elapsed(), "drained");
+}
+
+/// Until nothing is open; or nothing inbound is, and the application has kept its outbound connections idle for the minimum
+/// time: kept-alive connections of one that may be gone hold nothing up.
+async fn until_quiet(proxy: &Proxy, end: Instant) {
+    let mut before = proxy.activity();
+    let mut since = Instant::now();
+    while Instant::now() < end {
+        let now = proxy.activity();
+        if now.inbound + now.outbound == 0 {
+            return;
+        }
+        if now.inbound + now.outbound_running > 0 || now.begun != before.begun {
+            since = Instant::now();
+        } else if since.elapsed() >= proxy.settings.drain_min {
+            return;
+        }
+        before = now;
+        tokio::time::sleep(LOOK).await;
+    }
 }
 
 #[cfg(test)]

@@ -56,6 +56,14 @@ pub struct WorkerLoad {
     pub inbound: AtomicUsize,
     /// Open outbound connections
     pub outbound: AtomicUsize,
+    /// Requests and opaque streams to the application that have not ended
+    pub inbound_running: AtomicUsize,
+    /// Requests and opaque streams of the application that have not ended
+    pub outbound_running: AtomicUsize,
+    /// Requests begun, of both directions
+    pub requests: AtomicU64,
+    /// Opaque streams begun, of both directions
+    pub streams: AtomicU64,
     /// Connections accepted
     pub accepted: AtomicU64,
     /// Of these, handed to a less loaded worker
@@ -67,6 +75,61 @@ impl WorkerLoad {
     pub fn open(&self) -> usize {
         self.inbound.load(Ordering::Relaxed) + self.outbound.load(Ordering::Relaxed)
     }
+
+    /// Requests and opaque streams of both directions that have not ended.
+    pub fn running(&self) -> usize {
+        self.inbound_running.load(Ordering::Relaxed) + self.outbound_running.load(Ordering::Relaxed)
+    }
+}
+
+/// A request or opaque stream that runs; has ended when dropped.
+#[derive(Debug)]
+pub struct Busy {
+    load: Arc<WorkerLoad>,
+    inbound: bool,
+}
+
+impl Busy {
+    /// An HTTP request begins.
+    pub fn request(load: &Arc<WorkerLoad>, inbound: bool) -> Self {
+        load.requests.fetch_add(1, Ordering::Relaxed);
+        Self::new(load, inbound)
+    }
+
+    /// An opaque stream begins.
+    pub fn stream(load: &Arc<WorkerLoad>, inbound: bool) -> Self {
+        load.streams.fetch_add(1, Ordering::Relaxed);
+        Self::new(load, inbound)
+    }
+
+    fn new(load: &Arc<WorkerLoad>, inbound: bool) -> Self {
+        let busy = Self { load: load.clone(), inbound };
+        busy.of().fetch_add(1, Ordering::Relaxed);
+        busy
+    }
+
+    fn of(&self) -> &AtomicUsize {
+        if self.inbound { &self.load.inbound_running } else { &self.load.outbound_running }
+    }
+}
+
+impl Drop for Busy {
+    fn drop(&mut self) {
+        self.of().fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// What is going on in a proxy, over all its workers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Activity {
+    /// Inbound connections, upgraded ones included
+    pub inbound: usize,
+    /// Outbound connections, upgraded and idle ones included
+    pub outbound: usize,
+    /// Outbound requests and opaque streams that have not ended
+    pub outbound_running: usize,
+    /// Requests and streams so far
+    pub begun: u64,
 }
 
 impl Proxy {
@@ -104,10 +167,15 @@ impl Proxy {
         serde_json::Value::Array(rows.collect())
     }
 
-    /// Open connections of clients: inbound, outbound.
-    pub fn open(&self) -> (usize, usize) {
-        let sum =
-            |of: fn(&WorkerLoad) -> &AtomicUsize| self.workers.iter().map(|w| of(w).load(Ordering::Relaxed)).sum();
-        (sum(|worker| &worker.inbound), sum(|worker| &worker.outbound))
+    /// What is going on now.
+    pub fn activity(&self) -> Activity {
+        let mut activity = Activity { inbound: 0, outbound: 0, outbound_running: 0, begun: 0 };
+        for load in &self.workers {
+            activity.inbound += load.inbound.load(Ordering::Relaxed);
+            activity.outbound += load.outbound.load(Ordering::Relaxed);
+            activity.outbound_running += load.outbound_running.load(Ordering::Relaxed);
+            activity.begun += load.requests.load(Ordering::Relaxed) + load.streams.load(Ordering::Relaxed);
+        }
+        activity
     }
 }

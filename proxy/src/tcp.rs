@@ -12,6 +12,7 @@ use std::time::Duration;
 use outrigger_core::authz;
 use outrigger_core::balance::{Guard, pick};
 use outrigger_core::breaker::Permit;
+use outrigger_core::first::Speaker;
 use outrigger_core::key::Key;
 use outrigger_core::link::{AccessLog, Backend, MtlsMode, OutboundTraffic};
 use outrigger_core::outlier::Outcome;
@@ -24,6 +25,7 @@ use crate::listen::{Inbound, Outbound};
 use crate::log::Entry;
 use crate::metrics::Metric;
 use crate::snapshot;
+use crate::state::Busy;
 use crate::tls::{self, Peer};
 use crate::upstream::{self, Cluster, Label, Opened, Target, Wire};
 use crate::worker::Worker;
@@ -43,7 +45,12 @@ pub async fn serve_outbound(io: Io, info: Outbound, worker: Rc<Worker>) {
         Some(destination) => place(&mut stream, &worker, destination).await,
         None => Err(Reason::UnknownService),
     };
-    stream.carry(io, placed).await;
+    let learn = |speaker| {
+        if let Some(destination) = info.destination {
+            worker.server_first.borrow_mut().heard(destination, speaker, std::time::Instant::now());
+        }
+    };
+    stream.carry(io, placed, learn).await;
 }
 
 /// Carries an opaque stream of a caller to the own application, if it may.
@@ -53,7 +60,7 @@ pub async fn serve_inbound(io: Io, info: Inbound, worker: Rc<Worker>) {
         Ok(target) => stream.open(&target, None).await.map(|opened| (opened, None)),
         Err(reason) => Err(reason),
     };
-    stream.carry(io, placed).await;
+    stream.carry(io, placed, |_| {}).await;
 }
 
 /// One stream: counted and logged when it is dropped.
@@ -71,6 +78,7 @@ struct Stream<'a> {
     detail: String,
     copied: Copied,
     access_log: AccessLog,
+    _busy: Busy,
 }
 
 /// A connection to the server, and what is held while it lasts.
@@ -186,6 +194,7 @@ impl<'a> Stream<'a> {
             detail: String::new(),
             copied: Copied::default(),
             access_log: AccessLog::Errors,
+            _busy: Busy::stream(&worker.load, way == "inbound"),
         }
     }
 
@@ -203,7 +212,8 @@ impl<'a> Stream<'a> {
         })
     }
 
-    async fn carry(&mut self, client: Io, placed: Result<Placed, Reason>) {
+    /// Copies until the end; `heard` is told once who spoke first.
+    async fn carry(&mut self, client: Io, placed: Result<Placed, Reason>, heard: impl FnMut(Speaker) + Unpin) {
         let (server, guard) = match placed {
             Ok(placed) => placed,
             Err(reason) => {
@@ -215,7 +225,7 @@ impl<'a> Stream<'a> {
         let _open = self.worker.metrics.hold(Metric::TcpOpen, &[self.way]);
         let store = &self.worker.proxy.identity;
         tokio::select! {
-            copied = copy(client, server, IDLE) => {
+            copied = copy_heard(client, server, IDLE, heard) => {
                 if let Some(error) = &copied.error {
                     self.detail = error.to_string();
                 }
@@ -294,7 +304,17 @@ where
     A: AsyncRead + AsyncWrite + Unpin,
     B: AsyncRead + AsyncWrite + Unpin,
 {
+    copy_heard(client, server, idle, |_| {}).await
+}
+
+async fn copy_heard<A, B, F>(client: A, server: B, idle: Duration, heard: F) -> Copied
+where
+    A: AsyncRead + AsyncWrite + Unpin,
+    B: AsyncRead + AsyncWrite + Unpin,
+    F: FnMut(Speaker) + Unpin,
+{
     Copy {
+        heard: Some(heard),
         client,
         server,
         up: Half::default(),
@@ -306,7 +326,9 @@ where
     .await
 }
 
-struct Copy<A, B> {
+struct Copy<A, B, F> {
+    /// Told once who spoke first.
+    heard: Option<F>,
     client: A,
     server: B,
     up: Half,
@@ -386,16 +408,17 @@ fn written(n: usize) -> io::Result<usize> {
     if n == 0 { Err(io::ErrorKind::WriteZero.into()) } else { Ok(n) }
 }
 
-impl<A, B> Copy<A, B> {
+impl<A, B, F> Copy<A, B, F> {
     fn copied(&self, idle: bool, error: Option<io::Error>) -> Copied {
         Copied { sent: self.up.bytes, received: self.down.bytes, idle, error }
     }
 }
 
-impl<A, B> Future for Copy<A, B>
+impl<A, B, F> Future for Copy<A, B, F>
 where
     A: AsyncRead + AsyncWrite + Unpin,
     B: AsyncRead + AsyncWrite + Unpin,
+    F: FnMut(Speaker) + Unpin,
 {
     type Output = Copied;
 
@@ -404,6 +427,10 @@ where
         let mut moved = false;
         let up = this.up.poll(cx, &mut this.client, &mut this.server, &mut moved);
         let down = this.down.poll(cx, &mut this.server, &mut this.client, &mut moved);
+        if moved && let Some(mut heard) = this.heard.take() {
+            // Both at once: the client did not wait for the server.
+            heard(if this.up.bytes > 0 { Speaker::Client } else { Speaker::Server });
+        }
         match (up, down) {
             (Poll::Ready(Err(error)), _) | (_, Poll::Ready(Err(error))) => {
                 return Poll::Ready(this.copied(false, Some(error)));

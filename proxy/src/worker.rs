@@ -9,7 +9,9 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use arc_swap::{ArcSwap, Cache};
+use outrigger_core::first::ServerFirst;
 use outrigger_core::key::Key;
+use outrigger_core::quiet::Quiet;
 use outrigger_core::reason::Reason;
 use tokio::runtime::{Builder, LocalOptions};
 use tokio::sync::mpsc;
@@ -79,6 +81,10 @@ pub struct Worker {
     pub labels: Labels,
     /// Open connections
     pub load: Arc<WorkerLoad>,
+    /// Destinations whose servers speak first
+    pub server_first: RefCell<ServerFirst>,
+    /// How often refused connections are logged
+    pub refusals: RefCell<Quiet>,
     snapshots: RefCell<Cache<Arc<ArcSwap<Snapshot>>, Arc<Snapshot>>>,
 }
 
@@ -94,6 +100,8 @@ impl Worker {
             rng: RefCell::new(fastrand::Rng::new()),
             labels: Labels::new(&proxy.settings),
             load: proxy.workers.get(index).cloned().unwrap_or_default(),
+            server_first: RefCell::default(),
+            refusals: RefCell::default(),
             snapshots: RefCell::new(Cache::new(proxy.directory.cell())),
             proxy,
         })

@@ -5,7 +5,7 @@
 //! into what the data path evaluates: sorted matchers, compiled expressions).
 //!
 //! The decisions on a request: [`detect`], [`normalize`], [`authz`], [`route`], [`balance`], [`breaker`],
-//! [`outlier`], [`retry`]; [`reason`] is the one table of why the mesh itself answered.
+//! [`outlier`], [`retry`], [`first`], [`quiet`]; [`reason`] is the one table of why the mesh itself answered.
 
 pub mod authz;
 pub mod balance;
@@ -13,10 +13,12 @@ pub mod breaker;
 pub mod chain;
 pub mod compile;
 pub mod detect;
+pub mod first;
 pub mod key;
 pub mod link;
 pub mod normalize;
 pub mod outlier;
+pub mod quiet;
 pub mod reason;
 pub mod resource;
 pub mod retry;

@@ -22,6 +22,7 @@ use crate::filter::{Chain, Outcome as Filtered, StreamInfo};
 use crate::log::Entry;
 use crate::metrics::Metric;
 use crate::snapshot::Snapshot;
+use crate::state::Busy;
 
 /// The state of one request. Metrics and the access log get it when it is dropped, which is at the end of the response's body,
 /// or when the client went away.
@@ -120,13 +121,15 @@ impl Judged {
 pub(super) struct Running {
     connection: Rc<Connection>,
     _mark: head::Mark,
+    _busy: Busy,
 }
 
 impl Running {
     fn new(connection: &Rc<Connection>) -> Self {
         connection.requests.set(connection.requests.get() + 1);
         connection.running.set(connection.running.get() + 1);
-        Self { connection: connection.clone(), _mark: connection.phase.exchange() }
+        let busy = Busy::request(&connection.worker.load, connection.way() == Way::Inbound);
+        Self { connection: connection.clone(), _mark: connection.phase.exchange(), _busy: busy }
     }
 }
 

@@ -147,7 +147,7 @@ fn place(worker: &Rc<Worker>, socket: TcpStream, way: Way, others: &[mpsc::Unbou
     let least = loads.iter().enumerate().min_by_key(|(_, load)| load.open());
     if let Some((index, load)) = least
         && index != worker.index
-        && worker.load.open() > load.open() + 1
+        && worker.load.open() > load.open()
         && let Some(other) = others.get(index)
     {
         let accepted = Accepted { socket, way, count: Count::new(load.clone(), way) };

@@ -4,7 +4,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use outrigger_core::detect::{Detected, Hello, sni};
 use outrigger_core::link::{MtlsMode, Protocol};
@@ -66,7 +66,10 @@ pub(super) async fn serve(worker: Rc<Worker>, stream: TcpStream) -> io::Result<(
     let client = original::plain(stream.peer_addr()?);
     if let Err(refusal) = accept(worker.clone(), stream, client).await {
         worker.metrics.add(Metric::Refused, &["inbound", refusal.word()], 1);
-        tracing::warn!(%client, reason = %refusal, "inbound connection refused");
+        let said = worker.refusals.borrow_mut().say(Instant::now());
+        if let Some(unsaid) = said {
+            tracing::warn!(%client, reason = %refusal, unsaid, "inbound connection refused");
+        }
     }
     Ok(())
 }

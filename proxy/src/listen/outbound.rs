@@ -3,7 +3,7 @@
 use std::io;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::rc::Rc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use outrigger_core::detect::Detected;
 use outrigger_core::key::Key;
@@ -14,6 +14,7 @@ use super::peek::{Seen, look};
 use super::{Outbound, Version, handoff, original};
 use crate::flags::Intercept;
 use crate::io::Io;
+use crate::metrics::Metric;
 use crate::snapshot::Target;
 use crate::worker::Worker;
 
@@ -31,7 +32,11 @@ pub(super) async fn serve(worker: Rc<Worker>, stream: TcpStream) -> io::Result<(
     }
     let destination = original::destination(&stream, local)?;
     if destination == local || is_own(&worker, destination, local) {
-        tracing::warn!(%client, %destination, "refused: the destination is this proxy itself");
+        worker.metrics.add(Metric::Refused, &["outbound", "own-port"], 1);
+        let said = worker.refusals.borrow_mut().say(Instant::now());
+        if let Some(unsaid) = said {
+            tracing::warn!(%client, %destination, unsaid, "refused: the destination is this proxy itself");
+        }
         return Ok(());
     }
     let info = Outbound { client, destination: Some(destination) };
@@ -39,7 +44,7 @@ pub(super) async fn serve(worker: Rc<Worker>, stream: TcpStream) -> io::Result<(
         Protocol::Http1 => Some(Version::Http1),
         Protocol::Http2 => Some(Version::Http2),
         Protocol::Tcp => None,
-        Protocol::Detect => match look(&stream, SILENCE).await? {
+        Protocol::Detect => match look(&stream, silence(&worker, destination)).await? {
             Seen::Closed => return Ok(()),
             Seen::Speaks(Detected::Http1) => Some(Version::Http1),
             Seen::Speaks(Detected::Http2) => Some(Version::Http2),
@@ -51,6 +56,12 @@ pub(super) async fn serve(worker: Rc<Worker>, stream: TcpStream) -> io::Result<(
         None => handoff::tcp_outbound(Io::from(stream), info, worker).await,
     }
     Ok(())
+}
+
+/// Where the server is known to speak first, only a client that has spoken already is listened to.
+fn silence(worker: &Worker, destination: SocketAddr) -> Duration {
+    let known = worker.server_first.borrow().knows(destination, Instant::now());
+    if known { Duration::ZERO } else { SILENCE }
 }
 
 /// Without interception only HTTP says where it goes.
