@@ -92,6 +92,14 @@ impl Host {
         command
     }
 
+    /// The same command, on this host.
+    pub fn wrap(&self, command: &Command) -> Command {
+        let mut wrapped = self.command(command.get_program());
+        wrapped.args(command.get_args());
+        wrapped.envs(command.get_envs().filter_map(|(name, value)| Some((name, value?))));
+        wrapped
+    }
+
     /// Runs a command on this host to its end.
     ///
     /// # Panics
