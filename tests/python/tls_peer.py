@@ -1,19 +1,20 @@
 """Either side of mesh TLS, played by Python's ssl (OpenSSL): it shows whatever certificate it is given and verifies
 nothing, so that what is refused is refused by the other side. Prints JSON.
 
-  tls_peer.py call ADDRESS SNI [CERT KEY]     one request; {"status": 200 or null, "error": why there was none}
+  tls_peer.py call ADDRESS SNI [CERT KEY]     one request (with the protocol of $ALPN, http/1.1 when unset); {"status": 200 or null, "error": why there was none}
   tls_peer.py resume ADDRESS SNI CERT KEY     requests on connections that resume one session, until they are refused
                                               for good (in its last second a certificate is taken and dropped);
                                               a line of JSON for each: {"status", "resumed", "error"}
   tls_peer.py serve ADDRESS CERT KEY          prints "ready", then for each connection how many bytes arrived inside TLS:
                                               {"bytes": n, "error": why no handshake}; answers every request with 200"""
 import json
+import os
 import socket
 import ssl
 import sys
 import time
 
-REQUEST = b"GET /tls HTTP/1.1\r\nHost: reviews\r\nConnection: close\r\n\r\n"
+REQUEST = b"GET /tls HTTP/1.1\r\nHost: reviews\r\nX-Forwarded-Client-Cert: forged\r\nConnection: close\r\n\r\n"
 ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nx-backend: rogue\r\nConnection: close\r\n\r\nrogue"
 
 
@@ -26,7 +27,7 @@ def client(files):
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     context.minimum_version = ssl.TLSVersion.TLSv1_3
-    context.set_alpn_protocols(["http/1.1"])
+    context.set_alpn_protocols([os.environ.get("ALPN", "http/1.1")])
     if files:
         context.load_cert_chain(*files)
     return context

@@ -68,6 +68,24 @@ fn a_client_without_a_certificate_that_holds_is_refused_before_the_application_s
 }
 
 #[test]
+fn a_peer_may_not_call_http_opaque_to_get_around_what_is_done_to_http() {
+    let mesh = Mesh::start(REVIEWS);
+    let application = Backend::http([127, 0, 0, 1].into(), "v1");
+    let declared = format!("{}/http1", application.address());
+    let reviews = mesh.proxy("reviews-0").labels("app=reviews").app(&declared).start();
+    let caller = Authority::of_state(&mesh.path("control")).leaf(&mesh.path(""), "caller", "demo/caller", HOUR);
+
+    let name = sni(&application);
+    let mut call = peer("call", reviews.inbound(), Some(&name), Some(&caller));
+    let told: Value = serde_json::from_str(&succeed(call.env("ALPN", "outrigger-tcp"))).unwrap();
+
+    assert_eq!(told["status"], 200, "{told}");
+    let arrived = application.requests().pop().unwrap();
+    let xfcc = arrived.header("x-forwarded-client-cert").unwrap();
+    assert!(xfcc.contains("ns/demo/sa/caller") && !xfcc.contains("forged"), "{xfcc}");
+}
+
+#[test]
 fn whoever_took_an_endpoint_s_address_is_sent_nothing_unless_he_proves_its_identity() {
     let mesh = Mesh::start_with(REVIEWS, &["--lease", "5m"]);
     let application = Backend::http([127, 0, 0, 1].into(), "v1");

@@ -152,15 +152,12 @@ async fn encrypted(
     if peer.resumed {
         worker.metrics.add(Metric::TlsResumed, &["inbound"], 1);
     }
-    let version = match stream.get_ref().1.alpn_protocol() {
-        Some(tls::ALPN_H2) => Some(Version::Http2),
-        Some(tls::ALPN_HTTP1) => Some(Version::Http1),
-        Some(_) => None,
-        None => match protocol {
-            Protocol::Http1 => Some(Version::Http1),
-            Protocol::Http2 => Some(Version::Http2),
-            Protocol::Detect | Protocol::Tcp => None,
-        },
+    // A declared protocol always wins: a peer may not call HTTP opaque to get around what is judged and filtered as HTTP.
+    let version = match (protocol, stream.get_ref().1.alpn_protocol()) {
+        (Protocol::Tcp, _) => None,
+        (_, Some(tls::ALPN_H2)) | (Protocol::Http2, _) => Some(Version::Http2),
+        (_, Some(tls::ALPN_HTTP1)) | (Protocol::Http1, _) => Some(Version::Http1),
+        (Protocol::Detect, _) => None,
     };
     let info = Inbound { client, app, peer: Some(Arc::new(peer)) };
     match version {
