@@ -193,6 +193,7 @@ impl Admin {
                     "requests": load.requests.load(Ordering::Relaxed),
                     "streams": load.streams.load(Ordering::Relaxed),
                     "running": load.running(),
+                    "serverFirst": load.server_first.load(Ordering::Relaxed),
                     "accepted": load.accepted.load(Ordering::Relaxed),
                     "handedOver": load.handed_over.load(Ordering::Relaxed),
                 })

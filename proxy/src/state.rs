@@ -64,6 +64,8 @@ pub struct WorkerLoad {
     pub requests: AtomicU64,
     /// Opaque streams begun, of both directions
     pub streams: AtomicU64,
+    /// Destinations remembered as servers that speak first
+    pub server_first: AtomicUsize,
     /// Connections accepted
     pub accepted: AtomicU64,
     /// Of these, handed to a less loaded worker

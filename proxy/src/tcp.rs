@@ -6,6 +6,7 @@ use std::net::SocketAddr;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
@@ -47,7 +48,9 @@ pub async fn serve_outbound(io: Io, info: Outbound, worker: Rc<Worker>) {
     };
     let learn = |speaker| {
         if let Some(destination) = info.destination {
-            worker.server_first.borrow_mut().heard(destination, speaker, std::time::Instant::now());
+            let mut first = worker.server_first.borrow_mut();
+            first.heard(destination, speaker, std::time::Instant::now());
+            worker.load.server_first.store(first.remembered(), Ordering::Relaxed);
         }
     };
     stream.carry(io, placed, learn).await;

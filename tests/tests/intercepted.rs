@@ -170,6 +170,11 @@ fn tcp_is_carried_over_mtls_and_servers_may_speak_first() {
     assert!(increased(before, site.proven()));
     assert!(increased(0.0, streams()), "the receiving proxy carries it as an opaque stream");
 
+    let learned = || -> u64 {
+        let stats = site.web.admin("/stats").json();
+        stats["workers"].as_array().unwrap().iter().map(|worker| worker["serverFirst"].as_u64().unwrap()).sum()
+    };
+    assert_eq!(learned(), 0, "this client spoke first");
     // By pod address as well as by the Service's; the second time the caller knows who speaks first.
     for address in [("10.96.0.10", 83), ("10.96.0.10", 83), ("10.77.0.2", MAIL)] {
         let before = site.proven();
@@ -184,6 +189,7 @@ fn tcp_is_carried_over_mtls_and_servers_may_speak_first() {
         assert_eq!(&answer, b"QUIT");
         assert!(increased(before, site.proven()), "{address}");
     }
+    assert!(learned() >= 2, "both addresses of the server that speaks first");
 }
 
 #[test]
@@ -267,7 +273,7 @@ fn plaintext_to_a_strict_workload_is_refused_and_mtls_is_not() {
     assert_eq!(refused.reason(), Some("mtls-required"), "{refused:?}");
     let before = site.refused("mtls-required");
     let mut echo = site.connect(3, SocketAddr::new(site.lan.host(2).ip(), ECHO));
-    let _ = echo.write_all(b"hello");
+    let _ = echo.write_all(b"\0hello");
     assert!(!matches!(echo.read(&mut [0]), Ok(1)), "a byte came back");
     assert!(increased(before, site.refused("mtls-required")));
     assert_eq!(site.curl(1, "http://10.96.0.10/").send().status, 200);

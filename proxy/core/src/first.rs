@@ -33,6 +33,11 @@ impl ServerFirst {
         self.until.get(&destination).is_some_and(|until| now < *until)
     }
 
+    /// How many destinations are remembered, expired ones included.
+    pub fn remembered(&self) -> usize {
+        self.until.len()
+    }
+
     /// Takes note of who spoke first on an opaque stream to this destination.
     pub fn heard(&mut self, destination: SocketAddr, speaker: Speaker, now: Instant) {
         if speaker == Speaker::Client {
@@ -98,6 +103,6 @@ mod tests {
 
         first.heard(destination(9000), Speaker::Server, start + LEARNED);
         assert!(first.knows(destination(9000), start + LEARNED));
-        assert_eq!(first.until.len(), 1);
+        assert_eq!(first.remembered(), 1);
     }
 }
