@@ -2,7 +2,8 @@
 """Checks docs/status.md: every test that its tables name exists, and every point has a test or says "missing".
 
 A test is written as `crate::module::test_name` in backticks: the crate's library name (for a crate under tests/, the
-name of its file), its modules, its function. `cargo test` knows the same names, but only after building everything.
+name of its file), its modules, its function. `cargo test` knows the same names, but only after building everything. What is measured
+and not asserted is written "benchmark `FILE`" or "figures `FILE`".
 """
 
 import pathlib
@@ -58,7 +59,12 @@ def main():
             continue
         points += 1
         tests = re.findall(r"`([a-z0-9_]+(?:::[a-z0-9_]+)+)`", cells[1])
-        if not tests:
+        # What is measured and not asserted: the file of a benchmark, or the page with its figures.
+        shown = re.match(r"(?:benchmark|figures) `([^`]+)`", cells[1])
+        if shown:
+            if not (ROOT / shown[1]).exists():
+                errors.append(f"{number}: no file `{shown[1]}`")
+        elif not tests:
             missing += cells[1].startswith("missing")
             if not cells[1].startswith("missing"):
                 errors.append(f'{number}: "{cells[0]}" names no test and does not say "missing"')
