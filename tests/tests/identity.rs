@@ -232,11 +232,11 @@ fn steady(proxy: &Proxy, stop: &std::sync::atomic::AtomicBool) -> (Vec<String>, 
 fn certificates_are_renewed_with_no_connection_dropped() {
     let shop = Shop::start(
         "apiVersion: outrigger.dev/v1alpha1\nkind: MeshConfig\nmetadata: {name: default}\n\
-         spec: {certificates: {lifetime: 6s}, mtls: {mode: Strict}}\n",
+         spec: {certificates: {lifetime: 12s}, mtls: {mode: Strict}}\n",
     );
     let serials =
         || [&shop.web, &shop.proxy1, &shop.proxy2].map(|proxy| proxy.admin("/certs").json()["serial"].to_string());
-    // The first certificates may be of before the file was read: those of six seconds are replaced twice below.
+    // The first certificates may be of before the file was read: those of twelve seconds are replaced twice below.
     let stop = std::sync::atomic::AtomicBool::new(false);
     let mut socket = websocket(&shop);
     thread::scope(|scope| {
