@@ -71,26 +71,34 @@ impl Launch {
 impl Mesh {
     /// A control plane on loopback, with `config` as its one file.
     pub fn start(config: &str) -> Self {
-        Self::launch(config, None, &[])
+        Self::launch(config, None, &[], &[])
+    }
+
+    /// As [`Mesh::start`], with more files (name, text) that are there before anything is read.
+    pub fn start_with_files(config: &str, files: &[(&str, &str)]) -> Self {
+        Self::launch(config, None, &[], files)
     }
 
     /// As [`Mesh::start`], with more flags for the control plane.
     pub fn start_with(config: &str, flags: &[&str]) -> Self {
-        Self::launch(config, None, flags)
+        Self::launch(config, None, flags, &[])
     }
 
     /// A control plane on a host of its own.
     pub fn start_on(host: &Host, config: &str) -> Self {
-        Self::launch(config, Some(host.clone()), &[])
+        Self::launch(config, Some(host.clone()), &[], &[])
     }
 
-    fn launch(config: &str, host: Option<Host>, flags: &[&str]) -> Self {
+    fn launch(config: &str, host: Option<Host>, flags: &[&str], files: &[(&str, &str)]) -> Self {
         let directory = tempfile::Builder::new().prefix("outrigger-").tempdir().expect("temporary directory");
         // Proxies that run as another user read the root and their token here.
         fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o755)).expect("permissions");
         let path = |name: &str| directory.path().join(name);
         fs::create_dir(path("config")).expect("directory");
         write(&path("config/mesh.yaml"), config);
+        for (name, text) in files {
+            write(&path("config").join(name), text);
+        }
         let address = Address::claim();
         let (grpc, http) = match &host {
             Some(host) => ((host.ip(), 15012).into(), ([127, 0, 0, 1], 15014).into()),

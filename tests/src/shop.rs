@@ -30,8 +30,8 @@ impl Shop {
 
     /// The shop with applications of one's own.
     pub fn start_with(resources: &str, v1: Backend, v2: Backend) -> Self {
-        let mesh = Mesh::start(&services());
-        mesh.write("more.yaml", resources);
+        // There before the first proxy joins: a certificate has the lifetime that was known when it was signed.
+        let mesh = Mesh::start_with_files(&services(), &[("more.yaml", resources)]);
         let app = |name: &str, version: &str, backend: &Backend| {
             let labels = format!("app=reviews,version={version}");
             mesh.proxy(name).account("reviews").labels(&labels).app(&backend.address()).start()

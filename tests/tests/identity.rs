@@ -236,7 +236,6 @@ fn certificates_are_renewed_with_no_connection_dropped() {
     );
     let serials =
         || [&shop.web, &shop.proxy1, &shop.proxy2].map(|proxy| proxy.admin("/certs").json()["serial"].to_string());
-    // The first certificates may be of before the file was read: those of twelve seconds are replaced twice below.
     let stop = std::sync::atomic::AtomicBool::new(false);
     let mut socket = websocket(&shop);
     thread::scope(|scope| {
