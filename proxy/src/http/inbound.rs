@@ -72,8 +72,9 @@ fn authorize(x: &Exchange, port: &InboundPort, head: &request::Parts, canonical:
         headers: &head.headers,
     };
     let verdict = port.authorization.decide(&request);
+    let peer = x.connection.peer().map_or("none", |peer| peer.as_str());
     for rule in &verdict.audit {
-        tracing::info!(rule, client = %x.connection.client(), peer = ?x.connection.peer(), "an audit rule matched");
+        tracing::info!(rule, client = %x.connection.client(), peer, "an audit rule matched");
     }
     let rule = verdict.rule.unwrap_or("default");
     let metrics = &x.connection.worker.metrics;
@@ -84,7 +85,6 @@ fn authorize(x: &Exchange, port: &InboundPort, head: &request::Parts, canonical:
         }
         Err(reason) => {
             metrics.add(Metric::Authorization, &["deny", rule], 1);
-            let peer = x.connection.peer().map_or("none", |peer| peer.as_str());
             tracing::info!(rule, client = %x.connection.client(), peer, "denied");
             // The caller is not told which policy it has to get around.
             Err(reason.into())
