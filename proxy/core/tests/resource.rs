@@ -158,6 +158,33 @@ fn other_policies_are_rejected_with_line_field_and_remedy() {
             "not supported yet; remove it",
         ),
         (
+            ours(
+                "WasmFilter",
+                "  targetRefs: [{kind: Service, name: a}]\n  module: {file: a.wasm}\n  upstreams: {out: www.example.com:80}",
+            ),
+            7,
+            "spec.upstreams.out",
+            "`www.example.com:80` is not a service of the mesh; write one like ext-authz.demo:80",
+        ),
+        (
+            ours(
+                "WasmFilter",
+                "  targetRefs: [{kind: Service, name: a}]\n  module: {file: a.wasm}\n  limits: {cpuShare: 0.5%}",
+            ),
+            7,
+            "spec.limits.cpuShare",
+            "less than 1%; leave it out for no limit",
+        ),
+        (
+            ours(
+                "WasmFilter",
+                "  targetRefs: [{kind: Service, name: a}]\n  module: {file: a.wasm}\n  limits: {callouts: 0}",
+            ),
+            7,
+            "spec.limits.callouts",
+            "`0` is not a number from 1 to 10000; without `upstreams` there are none",
+        ),
+        (
             ours("Workload", "  address: 127.0.0.1\n  ports: [{port: 70000}]"),
             6,
             "spec.ports[0].port",

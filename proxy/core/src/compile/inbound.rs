@@ -167,8 +167,20 @@ impl Catalog {
             backoff_ms: spec.backoff,
             max_backoff_ms: spec.max_backoff,
             order: spec.order,
+            cpu_share_ppm: spec.cpu_share,
+            callouts: spec.callouts,
+            upstreams: spec
+                .upstreams
+                .iter()
+                .map(|(name, (service, port))| (name.clone(), upstream(service, *port)))
+                .collect(),
         })
     }
+}
+
+fn upstream(service: &ServiceKey, port: Option<u16>) -> mesh::filter::Upstream {
+    let ServiceKey { namespace, name } = service.clone();
+    mesh::filter::Upstream { namespace, name, port: port.unwrap_or_default().into() }
 }
 
 fn governs(closed: &super::ClosedPolicy, instance: &Instance) -> bool {

@@ -7,7 +7,8 @@ use serde_json::Value;
 
 use super::decode::{Bad, decode};
 use super::meta::{Target, TargetRef, targets};
-use super::value::{Millis, NotYet, Size};
+use super::value::{Millis, NotYet, Percent, Size};
+use crate::key::{Named, ServiceKey, canonicalise};
 
 /// A WasmFilter. Durations in milliseconds, sizes in bytes; defaults applied.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -29,6 +30,12 @@ pub struct WasmFilter {
     pub memory: u64,
     pub call_time: u64,
     pub body: u64,
+    /// Millionths of each worker's time; 0: no limit
+    pub cpu_share: u32,
+    /// Call-outs outstanding in one instance
+    pub callouts: u32,
+    /// Services that call-outs reach, with the port if one is named, by the names they use
+    pub upstreams: BTreeMap<String, (ServiceKey, Option<u16>)>,
     pub backoff: u64,
     pub max_backoff: u64,
 }
@@ -48,8 +55,8 @@ struct Spec {
     configuration: Value,
     #[serde(default)]
     failure_policy: FailurePolicy,
-    #[serde(rename = "upstreams")]
-    _upstreams: Option<NotYet>,
+    #[serde(default)]
+    upstreams: BTreeMap<String, String>,
     #[serde(default)]
     vm: Vm,
     #[serde(default)]
@@ -97,10 +104,8 @@ struct Limits {
     memory: Option<Size>,
     call_time: Option<Millis>,
     body: Option<Size>,
-    #[serde(rename = "cpuShare")]
-    _cpu_share: Option<NotYet>,
-    #[serde(rename = "callouts")]
-    _callouts: Option<NotYet>,
+    cpu_share: Option<Percent>,
+    callouts: Option<u32>,
 }
 
 #[derive(Debug, Deserialize, Default)]
@@ -109,6 +114,10 @@ struct Restart {
     backoff: Option<Millis>,
     max: Option<Millis>,
 }
+
+/// Smallest `cpuShare`, in millionths: less could not be told from none.
+const LEAST_SHARE: u32 = 10_000;
+const MOST_CALLOUTS: u32 = 10_000;
 
 pub(crate) fn read(spec: &Value, namespace: &str, yaml: &str) -> Result<WasmFilter, Bad> {
     let spec: Spec = decode(spec, "spec", &[])?;
@@ -132,6 +141,16 @@ pub(crate) fn read(spec: &Value, namespace: &str, yaml: &str) -> Result<WasmFilt
     if call_time == 0 {
         return Err(Bad::new("spec.limits.callTime", "a call needs a limit; write a duration above 0s"));
     }
+    let cpu_share = spec.limits.cpu_share.map_or(0, |share| share.0);
+    if spec.limits.cpu_share.is_some() && cpu_share < LEAST_SHARE {
+        return Err(Bad::new("spec.limits.cpuShare", "less than 1%; leave it out for no limit"));
+    }
+    let callouts = spec.limits.callouts.unwrap_or(16);
+    if !(1..=MOST_CALLOUTS).contains(&callouts) {
+        let message =
+            format!("`{callouts}` is not a number from 1 to {MOST_CALLOUTS}; without `upstreams` there are none");
+        return Err(Bad::new("spec.limits.callouts", message));
+    }
     let backoff = spec.restart.backoff.map_or(1_000, |time| time.0);
     let max_backoff = spec.restart.max.map_or(60_000.max(backoff), |time| time.0);
     if backoff > max_backoff {
@@ -152,9 +171,27 @@ pub(crate) fn read(spec: &Value, namespace: &str, yaml: &str) -> Result<WasmFilt
         memory,
         call_time,
         body: spec.limits.body.map_or(64 << 10, |size| size.0),
+        cpu_share,
+        callouts,
+        upstreams: upstreams(&spec.upstreams, namespace)?,
         backoff,
         max_backoff,
     })
+}
+
+/// The services that call-outs may reach: no other host, so that a filter opens no way out of the mesh.
+fn upstreams(
+    named: &BTreeMap<String, String>,
+    namespace: &str,
+) -> Result<BTreeMap<String, (ServiceKey, Option<u16>)>, Bad> {
+    let read = |(name, authority): (&String, &String)| match canonicalise(authority, namespace) {
+        Some((Named::Service(service), port)) if !name.is_empty() => Ok((name.clone(), (service, port))),
+        _ => Err(Bad::new(
+            format!("spec.upstreams.{name}"),
+            format!("`{authority}` is not a service of the mesh; write one like ext-authz.demo:80"),
+        )),
+    };
+    named.iter().map(read).collect()
 }
 
 /// A string is given to the filter as it is, anything else as JSON, and nothing as nothing.
