@@ -1,6 +1,7 @@
 //! Administration and health over HTTP/1. Loopback by default; every request must name the address it came to, so that no
 //! web page in a browser reaches it.
 
+use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -140,6 +141,7 @@ impl Admin {
                 json!({
                     "name": port.name.to_string(), "port": port.port, "protocol": format!("{:?}", port.protocol),
                     "mtls": format!("{:?}", port.mtls), "filters": port.filters.to_vec(),
+                    "authorization": port.authorization.rules().into_iter().collect::<BTreeMap<_, _>>(),
                 })
             }).collect::<Vec<_>>()
             });
@@ -148,6 +150,8 @@ impl Admin {
             "connected": self.proxy.directory.connected(),
             "workload": format!("{}/{}", self.proxy.settings.namespace, self.proxy.settings.name),
             "trustDomain": snapshot.mesh.as_ref().map(|mesh| mesh.trust_domain.to_string()),
+            "accessLog": snapshot.mesh.as_ref().map(|mesh| format!("{:?}", mesh.access_log)),
+            "workers": self.proxy.settings.workers,
             "inbound": inbound,
             "destinations": targets,
         })
@@ -205,6 +209,7 @@ impl Admin {
             "connected": self.proxy.directory.connected(),
             "snapshot": self.proxy.directory.snapshot().number,
             "droppedLogLines": self.proxy.metrics.total(Metric::LogDropped, &[]),
+            "requests": self.proxy.passed(),
             "workers": workers,
         })
     }

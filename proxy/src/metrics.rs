@@ -148,6 +148,21 @@ impl Metrics {
         total.cast_signed()
     }
 
+    /// How many durations a histogram holds over all workers, over every series whose labels begin with `labels`.
+    pub fn recorded(&self, metric: Metric, labels: &[&str]) -> u64 {
+        let mut total = 0_u64;
+        for shard in lock(&self.shards).iter() {
+            for (_, of, series) in lock(&shard.series).iter().filter(|(of, ..)| *of == metric) {
+                if labels.iter().zip(of.iter()).all(|(a, b)| **a == **b)
+                    && let Series::Histogram(buckets) = series.as_ref()
+                {
+                    total += buckets.counts.iter().map(|count| count.load(Ordering::Relaxed)).sum::<u64>();
+                }
+            }
+        }
+        total
+    }
+
     /// The Prometheus text exposition of everything.
     pub fn encode(&self) -> String {
         let mut values: BTreeMap<(Metric, Labels), u64> = BTreeMap::new();
@@ -365,6 +380,8 @@ mod tests {
         for ms in [1, 2, 60_000] {
             local.record(Metric::Duration, &["inbound", "a\"b\\", ""], Duration::from_millis(ms));
         }
+        assert_eq!(metrics.recorded(Metric::Duration, &["inbound"]), 3);
+        assert_eq!(metrics.recorded(Metric::Duration, &["outbound"]), 0);
         let text = metrics.encode();
         let labels = r#"direction="inbound",service="a\"b\\",version="""#;
         for (bound, count) in [("0.001", 1), ("0.0025", 2), ("30", 2), ("+Inf", 3)] {

@@ -12,7 +12,7 @@ use crate::drain::Drain;
 use crate::flags::{Settings, Source};
 use crate::identity::IdentityStore;
 use crate::log::AccessLog;
-use crate::metrics::Metrics;
+use crate::metrics::{Metric, Metrics};
 use crate::upstream::Clusters;
 
 /// One proxy. Shared by all threads; nothing here is locked on a request's way.
@@ -70,6 +70,28 @@ pub struct WorkerLoad {
     pub accepted: AtomicU64,
     /// Of these, handed to a less loaded worker
     pub handed_over: AtomicU64,
+    /// Requests to the application whose trace was continued or begun
+    pub inbound_traced: Tally,
+    /// Requests of the application whose trace was continued or begun
+    pub outbound_traced: Tally,
+    /// Attempts whose end was told to outlier detection, opaque streams included
+    pub judged: Tally,
+}
+
+/// A count that one thread alone writes and others read: no locked instruction is needed.
+#[derive(Debug, Default)]
+pub struct Tally(AtomicU64);
+
+impl Tally {
+    /// One more. Only the thread that owns the count may say so.
+    pub fn count(&self) {
+        self.0.store(self.0.load(Ordering::Relaxed).wrapping_add(1), Ordering::Relaxed);
+    }
+
+    /// How many so far.
+    pub fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
 }
 
 impl WorkerLoad {
@@ -167,6 +189,24 @@ impl Proxy {
             })
         });
         serde_json::Value::Array(rows.collect())
+    }
+
+    /// What requests have passed through so far, by direction: whoever sends a known number of them sees here that no part
+    /// was left out.
+    pub fn passed(&self) -> serde_json::Value {
+        let sum = |tally: fn(&WorkerLoad) -> &Tally| self.workers.iter().map(|load| tally(load).get()).sum::<u64>();
+        let total = |metric, labels: &[&str]| self.metrics.total(metric, labels);
+        let way = |name| {
+            let ended = total(Metric::Requests, &[name]);
+            serde_json::json!({ "ended": ended, "timed": self.metrics.recorded(Metric::Duration, &[name]) })
+        };
+        let (mut inbound, mut outbound) = (way("inbound"), way("outbound"));
+        inbound["traced"] = sum(|load| &load.inbound_traced).into();
+        inbound["allowed"] = total(Metric::Authorization, &["allow"]).into();
+        inbound["denied"] = total(Metric::Authorization, &["deny"]).into();
+        outbound["traced"] = sum(|load| &load.outbound_traced).into();
+        outbound["judged"] = sum(|load| &load.judged).into();
+        serde_json::json!({ "inbound": inbound, "outbound": outbound })
     }
 
     /// What is going on now.

@@ -160,14 +160,14 @@ async fn routed(stream: &mut Stream<'_>, worker: &Rc<Worker>, backend: &Arc<Back
         match opened {
             Ok(opened) => {
                 guard.answered(now);
-                report(&cluster, backend, &guard, Outcome::Success);
+                report(worker, &cluster, backend, &guard, Outcome::Success);
                 // How long the stream lasts says nothing of the endpoint.
                 guard.settled();
                 return Ok((opened, Some(guard)));
             }
             Err(reason) => {
                 guard.abandoned(now);
-                report(&cluster, backend, &guard, Outcome::Failure);
+                report(worker, &cluster, backend, &guard, Outcome::Failure);
                 tried.push(guard.endpoint().clone());
                 last = reason;
             }
@@ -176,7 +176,8 @@ async fn routed(stream: &mut Stream<'_>, worker: &Rc<Worker>, backend: &Arc<Back
     Err(last)
 }
 
-fn report(cluster: &Cluster, backend: &Backend, guard: &Guard, outcome: Outcome) {
+fn report(worker: &Worker, cluster: &Cluster, backend: &Backend, guard: &Guard, outcome: Outcome) {
+    worker.load.judged.count();
     let set = cluster.endpoints();
     cluster.outlier.record(&backend.policy.outlier, &set, guard, outcome, std::time::Instant::now());
 }

@@ -198,12 +198,23 @@ fn admin_endpoints_show_what_the_proxy_does() {
     let stats = get("/stats").json();
     assert_eq!((&stats["phase"], &stats["connected"]), (&"serving".into(), &true.into()), "{stats}");
     assert!(get("/metrics").body.contains("outrigger_requests_total"));
+    // Every request passed through every part, and was counted there.
+    passed_through(&pair.web, "outbound", &["timed", "traced", "judged"]);
+    passed_through(&pair.proxy, "inbound", &["timed", "traced", "allowed"]);
     assert_eq!(pair.web.admin("/nothing").status, 404);
 
     // The health port has what probes and scrapers need, and nothing else.
     let health = |path: &str| Curl::get(&format!("http://{}:15020{path}", pair.web.ip())).send();
     assert_eq!(["/ready", "/live", "/metrics"].map(|path| health(path).status), [200; 3]);
     assert_eq!(["/config", "/certs", "/drain"].map(|path| health(path).status), [404; 3]);
+}
+
+fn passed_through(proxy: &Proxy, direction: &str, parts: &[&str]) {
+    until("the parts have seen every request", || {
+        let stats = proxy.admin("/stats").json();
+        let seen = |part: &str| stats["requests"][direction][part].as_u64().unwrap();
+        (seen("ended") > 0 && parts.iter().all(|part| seen(part) == seen("ended"))).then_some(())
+    });
 }
 
 #[test]

@@ -140,6 +140,12 @@ impl Authorization {
         })
     }
 
+    /// What it consists of, for people: each action with the names of its rules, in the order in which they are tried.
+    pub fn rules(&self) -> [(&'static str, Vec<&str>); 3] {
+        let lists = [("deny", &self.deny), ("allow", &self.allow), ("audit", &self.audit)];
+        lists.map(|(action, rules)| (action, rules.iter().map(|rule| &*rule.name).collect()))
+    }
+
     /// Judges a request.
     pub fn decide(&self, request: &Request<'_>) -> Verdict<'_> {
         let &Request { peer, ip, port, method, path, headers } = request;

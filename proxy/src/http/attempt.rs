@@ -18,7 +18,8 @@ use outrigger_core::route;
 use super::exchange::{Answer, Exchange, Failure};
 use super::request::{self as outgoing, Outgoing};
 use super::respond;
-use crate::metrics::{Local, Metric};
+use crate::metrics::Metric;
+use crate::state::WorkerLoad;
 use crate::tls::Peer;
 use crate::upstream::{Cluster, ConnectError, Lease, Security, SendError, Target, Wire};
 use crate::worker::Worker;
@@ -43,7 +44,7 @@ pub(super) struct Attempt {
 struct Chosen {
     guard: Guard,
     call: Rc<Call>,
-    metrics: Local,
+    worker: Rc<Worker>,
     _request: Option<Permit>,
     _retry: Option<Permit>,
 }
@@ -70,7 +71,8 @@ impl Call {
         self.rule.backends.get(self.share)
     }
 
-    fn record(&self, guard: &Guard, outcome: Outcome, now: Instant) {
+    fn record(&self, worker: &WorkerLoad, guard: &Guard, outcome: Outcome, now: Instant) {
+        worker.judged.count();
         let set = self.cluster.endpoints();
         let policy = &self.backend.policy.outlier;
         if let Some(time) = self.cluster.outlier.record(policy, &set, guard, outcome, now) {
@@ -129,14 +131,14 @@ impl Attempt {
 
     fn report(&self, outcome: Outcome) {
         let Some(chosen) = &self.chosen else { return };
-        chosen.call.record(&chosen.guard, outcome, Instant::now());
+        chosen.call.record(&chosen.worker.load, &chosen.guard, outcome, Instant::now());
         let word = match outcome {
             Outcome::Success => "success",
             Outcome::Failure => "failure",
             Outcome::Neutral if self.outcome == Outcome::Neutral => "refused",
             Outcome::Neutral => "cancelled",
         };
-        chosen.metrics.add(Metric::Attempts, &[&chosen.call.service, word], 1);
+        chosen.worker.metrics.add(Metric::Attempts, &[&chosen.call.service, word], 1);
     }
 }
 
@@ -318,7 +320,7 @@ impl Run {
         };
         let outcome = blame(failure);
         if let Some((wait, permit)) = self.again(failure, now) {
-            self.call.record(&guard, outcome, now);
+            self.call.record(&self.worker.load, &guard, outcome, now);
             self.count("retried");
             self.tried.push(guard.endpoint().clone());
             self.retry = Some(permit);
@@ -327,14 +329,14 @@ impl Run {
         Next::Done(match result {
             Ok((response, lease)) => {
                 let (request, retry) = (self.request.take(), self.retry.take());
-                let metrics = self.worker.metrics.clone();
-                let chosen = Chosen { guard, call: self.call.clone(), metrics, _request: request, _retry: retry };
+                let (call, worker) = (self.call.clone(), self.worker.clone());
+                let chosen = Chosen { guard, call, worker, _request: request, _retry: retry };
                 let upgrade = self.out.upgrade.take();
                 let (chosen, lease, deadline) = (Some(chosen), Some(lease), self.deadline);
                 Ok(Answer::Upstream(response, Box::new(Attempt { chosen, lease, trusted, outcome, deadline, upgrade })))
             }
             Err(failed) => {
-                self.call.record(&guard, outcome, now);
+                self.call.record(&self.worker.load, &guard, outcome, now);
                 self.count(failed.answer.reason.code());
                 Err(failed.answer)
             }

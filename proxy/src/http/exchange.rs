@@ -224,8 +224,12 @@ impl Exchange {
     /// Continues the trace, or begins one.
     pub(super) fn begin_trace(&mut self, headers: &mut HeaderMap, mesh: Option<&Mesh>) {
         let sampling = mesh.map_or(0, |mesh| mesh.sampling_ppm);
-        let rng = &mut self.connection.worker.rng.borrow_mut();
-        self.trace = Some(trace::propagate(headers, rng, sampling).context.trace);
+        let worker = &self.connection.worker;
+        self.trace = Some(trace::propagate(headers, &mut worker.rng.borrow_mut(), sampling).context.trace);
+        match self.connection.way() {
+            Way::Inbound => worker.load.inbound_traced.count(),
+            Way::Outbound => worker.load.outbound_traced.count(),
+        }
     }
 
     /// Readies the filters of these keys.
