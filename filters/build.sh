@@ -1,9 +1,9 @@
 #!/bin/sh
-# Builds every filter of this directory, or those of the crates named (`build.sh bench/wasm`), for wasm32-wasip1, into
-# ~/.cache/outrigger/filters/*.wasm (a file there can be the `module.file` of a WasmFilter). Uses the toolchain's own target if there is one (rustup), else Debian's rustc with a
-# standard library built from source. OUTRIGGER_FILTERS_DIR names another directory.
+# Builds the filters of this directory, or of the workspaces named (`build.sh bench/wasm`), for wasm32-wasip1, into
+# ~/.cache/outrigger/filters/*.wasm (a file there can be the `module.file` of a WasmFilter). Uses the toolchain's own target if there is
+# one (rustup), else Debian's rustc with a standard library built from source. OUTRIGGER_FILTERS_DIR names another directory.
 set -eu
-[ $# -gt 0 ] || set -- "$(dirname "$0")"/*/
+[ $# -gt 0 ] || set -- "$(dirname "$0")"
 target=wasm32-wasip1
 out="${OUTRIGGER_FILTERS_DIR:-${XDG_CACHE_HOME:-$HOME/.cache}/outrigger/filters}"
 mkdir -p "$out"
@@ -35,13 +35,14 @@ build() {
         cargo build --quiet --locked --release --target "$target" -Zbuild-std=std,panic_abort
 }
 
-for crate in "$@"; do
-    [ -f "$crate/Cargo.toml" ] || continue
-    name=$(sed -n 's/^name = "\(.*\)"/\1/p' "$crate/Cargo.toml" | head -n 1)
-    echo "filters: $name"
-    (cd "$crate" && build)
-    file=$(echo "$name" | tr - _).wasm
-    # A rename, so that a proxy that watches the file never sees half of it.
-    cp "$out/cargo/$target/release/$file" "$out/$file.new"
-    mv "$out/$file.new" "$out/$file"
+for workspace in "$@"; do
+    echo "filters: building $workspace"
+    (cd "$workspace" && build)
+    for manifest in "$workspace"/Cargo.toml "$workspace"/*/Cargo.toml; do
+        [ -f "$manifest" ] && grep -q cdylib "$manifest" || continue
+        file=$(sed -n 's/^name = "\(.*\)"/\1/p' "$manifest" | head -n 1 | tr - _).wasm
+        # A rename, so that a proxy that watches the file never sees half of it.
+        cp "$out/cargo/$target/release/$file" "$out/$file.new"
+        mv "$out/$file.new" "$out/$file"
+    done
 done

@@ -2,12 +2,15 @@
 # What a machine can say of the code without running it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+export CARGO_TARGET_DIR="${CARGO_TARGET_DIR:-${XDG_CACHE_HOME:-$HOME/.cache}/outrigger/target}"
 
 echo "==> format"
 cargo fmt --all --check
+cargo fmt --all --check --manifest-path filters/Cargo.toml
 
 echo "==> clippy, warnings denied"
 cargo clippy --workspace --all-targets --locked -- -D warnings
+cargo clippy --manifest-path filters/Cargo.toml --target-dir "$CARGO_TARGET_DIR/filters" --all-targets --locked -- -D warnings
 
 echo "==> layers: outrigger-core has no IO dependency"
 # Both normal and build dependencies of the library, features as the workspace uses them.

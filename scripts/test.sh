@@ -15,6 +15,9 @@ if [ "$(id -u)" != 0 ]; then
     echo "==> tests that make network namespaces need root: running tests with sudo"
 fi
 
+echo "==> the example filters' own tests"
+cargo test --quiet --manifest-path filters/Cargo.toml --target-dir "$CARGO_TARGET_DIR/filters" --lib --locked
+
 # Not below the target directory: a run must never read the report of an earlier one.
 report=$(mktemp -d)
 trap 'rm -rf "$report"' EXIT

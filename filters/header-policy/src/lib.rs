@@ -56,17 +56,9 @@ impl Context for Root {}
 
 impl RootContext for Root {
     fn on_configure(&mut self, _size: usize) -> bool {
-        let Some(bytes) = self.get_plugin_configuration().filter(|bytes| !bytes.is_empty()) else { return true };
-        match serde_json::from_slice(&bytes) {
-            Ok(policy) => {
-                self.policy = Rc::new(policy);
-                true
-            }
-            Err(error) => {
-                proxy_wasm::hostcalls::log(LogLevel::Error, &format!("configuration: {error}")).ok();
-                false
-            }
-        }
+        let Some(policy) = filter_config::read(self) else { return false };
+        self.policy = Rc::new(policy);
+        true
     }
 
     fn create_http_context(&self, _id: u32) -> Option<Box<dyn HttpContext>> {
