@@ -16,6 +16,7 @@ use hyper::body::Incoming;
 use tokio::time::Sleep;
 
 use super::exchange::Running;
+use super::made::Made;
 
 /// Any failure of a body; hyper closes or resets what it was part of.
 pub(super) type BodyError = Box<dyn std::error::Error + Send + Sync>;
@@ -35,7 +36,14 @@ pub struct RequestBody {
 enum Source {
     Empty,
     Incoming(Incoming),
-    Replay { buffer: ReplayBuffer, position: usize, trailers_sent: bool, attempt: u64 },
+    /// Of a call-out
+    Made(Made),
+    Replay {
+        buffer: ReplayBuffer,
+        position: usize,
+        trailers_sent: bool,
+        attempt: u64,
+    },
 }
 
 impl RequestBody {
@@ -49,11 +57,16 @@ impl RequestBody {
         Self { source: Source::Incoming(body), gate: None }
     }
 
+    /// A body that the proxy makes itself.
+    pub(super) fn made(body: Made) -> Self {
+        Self { source: Source::Made(body), gate: None }
+    }
+
     /// The client's body, if this is it.
     pub(super) fn into_incoming(self) -> Option<Incoming> {
         match self.source {
             Source::Incoming(body) => Some(body),
-            Source::Empty | Source::Replay { .. } => None,
+            Source::Empty | Source::Made(_) | Source::Replay { .. } => None,
         }
     }
 
@@ -77,6 +90,7 @@ impl Body for RequestBody {
         match &mut self.source {
             Source::Empty => Poll::Ready(None),
             Source::Incoming(body) => Pin::new(body).poll_frame(cx).map_err(Into::into),
+            Source::Made(body) => body.poll_frame(cx).map(|frame| frame.map(Ok)),
             Source::Replay { buffer, position, trailers_sent, attempt } => {
                 buffer.poll_frame(cx, *attempt, position, trailers_sent)
             }
@@ -87,6 +101,7 @@ impl Body for RequestBody {
         match &self.source {
             Source::Empty => true,
             Source::Incoming(body) => body.is_end_stream(),
+            Source::Made(body) => body.is_end(),
             Source::Replay { buffer, position, trailers_sent, .. } => buffer.is_end(*position, *trailers_sent),
         }
     }
@@ -95,6 +110,7 @@ impl Body for RequestBody {
         match &self.source {
             Source::Empty => SizeHint::with_exact(0),
             Source::Incoming(body) => body.size_hint(),
+            Source::Made(body) => body.size_hint(),
             Source::Replay { buffer, .. } => buffer.0.borrow().size,
         }
     }

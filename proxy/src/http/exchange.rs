@@ -125,7 +125,7 @@ pub(super) struct Running {
 }
 
 impl Running {
-    fn new(connection: &Rc<Connection>) -> Self {
+    pub(super) fn new(connection: &Rc<Connection>) -> Self {
         connection.requests.set(connection.requests.get() + 1);
         connection.running.set(connection.running.get() + 1);
         let busy = Busy::request(&connection.worker.load, connection.way() == Way::Inbound);
@@ -159,17 +159,7 @@ pub(super) async fn handle(
         ConnectionInfo::Outbound(info) => outbound::handle(&mut exchange, info, incomer).await,
         ConnectionInfo::Inbound(info) => inbound::handle(&mut exchange, info, incomer).await,
     };
-    let response = match answer {
-        Ok(Answer::Upstream(response, attempt)) => {
-            return exchange.finish_upstream(response, attempt, &hops, running);
-        }
-        Ok(Answer::Local { response, reason, filtered }) => exchange.local(response, reason, filtered),
-        Ok(Answer::Reset) => Err("a filter reset the stream".into()),
-        Err(failure) => exchange.fail(failure),
-    };
-    let mut response = response?;
-    hops.restore(&mut response);
-    Ok(response.map(|body| ResponseBody::full(body).holding(running)))
+    exchange.conclude(answer, &hops, running)
 }
 
 /// HTTP/2: the header list as RFC 9113 6.5.2 counts it. Of HTTP/1 hyper has seen to that.
@@ -179,7 +169,7 @@ fn too_large(head: &request::Parts) -> bool {
 }
 
 impl Exchange {
-    fn new(connection: Rc<Connection>, head: &request::Parts) -> Self {
+    pub(super) fn new(connection: Rc<Connection>, head: &request::Parts) -> Self {
         let labels = &connection.worker.labels;
         Self {
             start: Instant::now(),
@@ -203,6 +193,24 @@ impl Exchange {
             trace: None,
             connection,
         }
+    }
+
+    /// The response for what the exchange came to. An error resets the client's stream.
+    pub(super) fn conclude(
+        self: Box<Self>,
+        answer: Result<Answer, Failure>,
+        hops: &reply::Hops,
+        running: Running,
+    ) -> Result<Response<ResponseBody>, BodyError> {
+        let response = match answer {
+            Ok(Answer::Upstream(response, attempt)) => return self.finish_upstream(response, attempt, hops, running),
+            Ok(Answer::Local { response, reason, filtered }) => self.local(response, reason, filtered),
+            Ok(Answer::Reset) => Err("a filter reset the stream".into()),
+            Err(failure) => self.fail(failure),
+        };
+        let mut response = response?;
+        hops.restore(&mut response);
+        Ok(response.map(|body| ResponseBody::full(body).holding(running)))
     }
 
     /// What an inbound exchange is counted under.

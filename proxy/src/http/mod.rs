@@ -2,9 +2,13 @@
 
 mod attempt;
 mod body;
+#[allow(dead_code, reason = "the host functions that use it follow")]
+mod callout;
 mod exchange;
 mod head;
 mod inbound;
+#[allow(dead_code, reason = "the host functions that use it follow")]
+mod made;
 mod outbound;
 mod request;
 mod respond;

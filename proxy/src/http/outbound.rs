@@ -9,7 +9,7 @@ use ::http::header::HOST;
 use ::http::uri::Authority;
 use ::http::{HeaderValue, Response, request};
 use bytes::Bytes;
-use outrigger_core::key::{self, Key, Named};
+use outrigger_core::key::{self, Key, Named, ServiceKey};
 use outrigger_core::link::{OutboundTraffic, Port, Protocol, Service};
 use outrigger_core::normalize::{self, Canonical, Direction, Rules};
 use outrigger_core::reason::Reason;
@@ -17,6 +17,7 @@ use outrigger_core::route::{self, Selected, Split};
 
 use super::attempt::{self, Call};
 use super::exchange::{Answer, Exchange, Failure, Incomer, Judged};
+use super::made::Made;
 use super::request::{self as outgoing, Outgoing};
 use super::{Asked, Connection};
 use crate::listen;
@@ -53,6 +54,33 @@ pub(super) async fn handle(x: &mut Exchange, info: &listen::Outbound, mut inc: I
             None => Err(Failure::new(Reason::UnknownService, place.asked.0.to_string())),
         },
     }
+}
+
+/// A call-out: to a service by its name, whatever the authority says, and through no filters.
+pub(super) async fn call_out(
+    x: &mut Exchange,
+    service: &ServiceKey,
+    port: Option<u16>,
+    mut head: request::Parts,
+    body: Made,
+) -> Result<Answer, Failure> {
+    let canonical = normalized(x, &mut head)?;
+    let (snapshot, target) = x.connection.worker.clone().find(&Key::Service(service.clone())).await?;
+    x.begin_outbound(&snapshot);
+    x.begin_trace(&mut head.headers, snapshot.mesh.as_deref());
+    let snapshot::Target::Service(service) = &target else {
+        return Err(Failure::new(Reason::UnknownService, service.to_string()));
+    };
+    let port = enter(x, service, port)?;
+    let selected = select(port, &head, &canonical).ok_or(Reason::NoRoute)?;
+    x.select(selected.rule);
+    if let Some(answer) = redirected(&selected, port, &head, &canonical) {
+        return Ok(answer);
+    }
+    let call = chosen(x, &selected)?;
+    let mut out = Outgoing::made(head, &canonical, body);
+    change(&mut out.head, &call, &selected);
+    attempt::routed(x, call, out).await
 }
 
 /// Where a request goes, as discovery has it.

@@ -10,6 +10,7 @@ use outrigger_core::link::Protocol;
 use outrigger_core::normalize::Canonical;
 
 use super::body::{Gate, ReplayBuffer, RequestBody};
+use super::made::Made;
 use crate::upstream::Wire;
 
 /// Bytes of a body that are kept for another attempt.
@@ -37,6 +38,8 @@ pub(super) enum Sendable {
     Once(Option<Incoming>),
     /// Can be sent again while it fits the buffer
     Replay(ReplayBuffer),
+    /// Of a call-out
+    Made(Made),
 }
 
 impl Sendable {
@@ -60,6 +63,7 @@ impl Sendable {
             Self::Empty => true,
             Self::Once(body) => body.is_some(),
             Self::Replay(buffer) => buffer.can_replay(),
+            Self::Made(body) => body.can_replay(),
         }
     }
 
@@ -74,6 +78,7 @@ impl Sendable {
             Self::Empty => Some(RequestBody::empty()),
             Self::Once(body) => body.take().map(RequestBody::incoming),
             Self::Replay(buffer) => buffer.can_replay().then(|| buffer.attempt()),
+            Self::Made(body) => body.attempt().map(RequestBody::made),
         }
     }
 }
@@ -93,6 +98,12 @@ impl Outgoing {
     pub(super) fn new(head: request::Parts, canonical: &Canonical, body: Incoming, upgrade: Option<OnUpgrade>) -> Self {
         let upgrade = upgrade.filter(|_| canonical.upgrade);
         Self { head, body: Sendable::new(body), upgrade, once: false, gone: false, trailers: canonical.trailers }
+    }
+
+    /// From a normalised head and a body that the proxy makes.
+    pub(super) fn made(head: request::Parts, canonical: &Canonical, body: Made) -> Self {
+        let body = if body.is_end() { Sendable::Empty } else { Sendable::Made(body) };
+        Self { head, body, upgrade: None, once: false, gone: false, trailers: canonical.trailers }
     }
 
     /// Whether an attempt could have the whole request now.

@@ -3,12 +3,16 @@
 /// What a host function returns to the guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(i32)]
+#[allow(dead_code, reason = "the host functions that use it follow")]
 pub(super) enum Status {
     Ok = 0,
     NotFound = 1,
     BadArgument = 2,
     SerializationFailure = 3,
+    ParseFailure = 4,
     InvalidMemoryAccess = 6,
+    Empty = 7,
+    CasMismatch = 8,
     InternalFailure = 10,
     Unimplemented = 12,
 }

@@ -7,7 +7,11 @@
 mod abi;
 mod cache;
 mod calls;
+#[allow(dead_code, reason = "the host functions that use it follow")]
+mod counting;
 mod engine;
+#[allow(dead_code, reason = "the host functions that use it follow")]
+mod foreign;
 mod headers;
 mod host;
 mod instance;
@@ -15,6 +19,8 @@ mod load;
 mod mapped;
 mod properties;
 mod restart;
+#[allow(dead_code, reason = "the host functions that use it follow")]
+mod shared;
 mod stream;
 #[cfg(test)]
 mod tests;
