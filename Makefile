@@ -32,8 +32,8 @@ lint: setup ## format, clippy with warnings denied, layers, status table
 	@scripts/lint.sh
 
 bench: setup ## the comparison with Envoy, HAProxy and nginx (ARGS= for bench/bench.py)
-	@echo "==> building the release proxy, and the filter of the comparison"
-	@cargo build --workspace --bin outrigger-proxy --locked --release
+	@echo "==> building the release binaries, and the filter of the comparison"
+	@cargo build --workspace --bins --locked --release
 	@filters/build.sh bench/wasm
 	@OUTRIGGER_BIN="$$CARGO_TARGET_DIR/release/outrigger-proxy" WASM_FILTER="$(CACHE)/filters/bench_filter.wasm" \
 		"$$(scripts/setup.sh --venv)/bin/python" bench/bench.py --json "$(CACHE)/bench/results.json" $(ARGS)

@@ -1,8 +1,9 @@
 """The comparison's own configuration of Outrigger, checked as bench/bench.py checks every peer before it measures.
 
-bench_peer.py TOPOLOGY: verifies (200, body, echo; no client certificate and a foreign one are refused)
+bench_peer.py TOPOLOGY: verifies (200, body, echo, traceparent; what is forbidden gets 403; no client certificate and a foreign one
+are refused), then that the counters see each of a number of requests, and that a round in which one is missing is invalid
 bench_peer.py wrong-san: prints what came of a server with another identity
-The proxy's binary is in OUTRIGGER_BIN, the filter of wasm-headers in WASM_FILTER.
+The proxy's binary is in OUTRIGGER_BIN, the filter of h1-wasm in WASM_FILTER.
 """
 
 import os
@@ -13,7 +14,7 @@ import types
 
 sys.dont_write_bytecode = True
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "bench"))
-import bench  # noqa: E402
+from harness import Invalid, check, prepare, process, session  # noqa: E402
 
 BACKEND = """
 import http.server, sys
@@ -22,8 +23,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def log_message(self, *a): pass
     def answer(self, body):
         self.send_response(200)
-        if self.headers.get("x-filter"):
-            self.send_header("x-reflect-filter", self.headers["x-filter"])
+        for name, back in (("x-filter", "x-reflect-filter"), ("traceparent", "x-backend-traceparent")):
+            if self.headers.get(name):
+                self.send_header(back, self.headers[name])
         self.send_header("content-length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
@@ -44,20 +46,33 @@ class Backend:
         os.environ["BENCH_BACKEND"] = BACKEND
 
 
+def counted(s):
+    counters = check.Counters(s.peer)
+    for _ in range(3):
+        check.http1(s.ports["client"])
+    counters.check("http", 3)
+    try:
+        counters.check("http", 4, secs=0)
+    except Invalid:
+        return
+    raise Invalid("a round with a request too few counts")
+
+
 def main(topology):
     with tempfile.TemporaryDirectory() as folder:
-        run = types.SimpleNamespace(tmp=folder, wasm=os.environ.get("WASM_FILTER"), tool=Backend(folder).path)
-        run.certs = bench.make_certs(folder)
+        run = types.SimpleNamespace(tmp=folder, wasm=os.environ.get("WASM_FILTER"), tool=Backend(folder).path, cli=None, effective={})
+        run.certs = prepare.make_certs(folder)
         try:
             if topology == "wrong-san":
-                print(bench.wrong_san(run, "outrigger"))
+                print(session.wrong_san(run, "outrigger"))
                 return
-            with bench.Session(run, "outrigger", topology):
+            with session.Session(run, "outrigger", topology) as s:
+                counted(s)
                 print("verified")
-        except bench.Invalid as invalid:
+        except Invalid as invalid:
             sys.exit(str(invalid))
         finally:
-            bench.stop(list(bench.STARTED))
+            process.stop(list(process.STARTED))
 
 
 main(sys.argv[1])

@@ -14,6 +14,11 @@ fn plaintext_is_carried_with_body_and_echo() {
 }
 
 #[test]
+fn at_the_application_ten_rules_decide_and_what_is_forbidden_gets_403() {
+    verified("h1-inbound");
+}
+
+#[test]
 fn a_pair_carries_over_mtls_and_refuses_foreign_clients() {
     verified("h1-mtls-pair");
 }

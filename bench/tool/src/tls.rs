@@ -25,8 +25,6 @@ impl Tls {
         for c in CertificateDer::pem_file_iter(o.get("ca")?).unwrap() {
             roots.add(c.unwrap()).unwrap();
         }
-        let chain: Vec<_> = CertificateDer::pem_file_iter(&o["cert"]).unwrap().map(|c| c.unwrap()).collect();
-        let key = PrivateKeyDer::from_pem_file(&o["key"]).unwrap();
         use rustls::crypto::aws_lc_rs as lc;
         let group = match o.get("group").map(String::as_str) {
             Some("x25519mlkem768") => lc::kx_group::X25519MLKEM768,
@@ -36,12 +34,16 @@ impl Tls {
         let mut p = lc::default_provider();
         p.cipher_suites = vec![lc::cipher_suite::TLS13_AES_128_GCM_SHA256]; // the same for every peer
         p.kx_groups = vec![group];
-        let mut c = ClientConfig::builder_with_provider(Arc::new(p))
-            .with_protocol_versions(&[&rustls::version::TLS13])
-            .unwrap()
-            .with_root_certificates(roots)
-            .with_client_auth_cert(chain, key)
-            .unwrap();
+        let builder = ClientConfig::builder_with_provider(Arc::new(p));
+        let builder = builder.with_protocol_versions(&[&rustls::version::TLS13]).unwrap().with_root_certificates(roots);
+        let mut c = match o.get("cert") {
+            // To see that it is refused.
+            None => builder.with_no_client_auth(),
+            Some(cert) => {
+                let chain = CertificateDer::pem_file_iter(cert).unwrap().map(|c| c.unwrap()).collect();
+                builder.with_client_auth_cert(chain, PrivateKeyDer::from_pem_file(&o["key"]).unwrap()).unwrap()
+            }
+        };
         c.resumption = rustls::client::Resumption::disabled();
         c.alpn_protocols = vec![b"http/1.1".to_vec()];
         let name = ServerName::try_from(o["sni"].clone()).unwrap();

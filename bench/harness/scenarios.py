@@ -1,0 +1,207 @@
+"""What is measured: each scenario is f(run, peer's name) -> metrics of one round."""
+import statistics
+
+from . import Skip
+from .session import Session
+
+
+class Scenario:
+    """How a scenario is run and shown.
+
+    columns: of the printed table, the first one is what ratios are made of; ratios: further keys to make ratios of;
+    direct: "direct" takes part; only: the peers that can; topology and group: what a peer has to support.
+    """
+
+    def __init__(self, what, run, topology, columns, ratios=(), direct=False, only=None, group=None, needs=()):
+        self.what, self.run, self.topology, self.columns = what, run, topology, columns
+        self.ratios, self.direct, self.only, self.group, self.needs = [columns[0]] + list(ratios), direct, only, group, needs
+
+    def lacks(self, peer, run):
+        """Why this peer cannot take part."""
+        if peer.name == "direct":
+            return None
+        if self.only and peer.name not in self.only:
+            return "n/a"
+        for need in self.needs:
+            if not getattr(run, need):
+                return "skipped: " + {"wasm": "WASM_FILTER is not set", "cli": "no `outrigger` beside the proxy, or not root", "control": "no outrigger-control beside the proxy"}[need]
+        return peer.supports(self.topology) or (self.group and peer.has_group(self.group))
+
+
+WARM = 0.7
+
+
+def closed(topology, **options):
+    post = options.pop("post", 0)
+
+    def f(run, name):
+        with Session(run, name, topology, **options) as s:
+            s.tool("closed", WARM, run.a.conns, post=post)  # fills the upstream pool
+            return s.measured(lambda: s.tool("closed", run.a.secs, run.a.conns, post=post))
+    return f
+
+
+def h2(run, name):
+    with Session(run, name, "h2-mtls-pair") as s:
+        s.h2load(WARM, run.a.h2_conns, run.a.h2_streams)
+        return s.measured(lambda: s.h2load(run.a.secs, run.a.h2_conns, run.a.h2_streams))
+
+
+def grpc(kind):
+    def f(run, name):
+        with Session(run, name, "h2-mtls-pair") as s:
+            load = lambda secs: s.tool("grpc", secs, run.a.h2_conns, streams=run.a.h2_streams, kind=kind)
+            load(WARM)
+            r = s.measured(lambda: load(run.a.secs))
+        r["cpu_us_msg"] = r["cpu_s"] / r["load"]["messages"] * 1e6 if "cpu_s" in r else None
+        r["messages_per_s"] = r["load"]["messages"] / r["secs"]
+        return {k: v for k, v in r.items() if v is not None}
+    return f
+
+
+def websocket(run, name):
+    with Session(run, name, "h1-mtls-pair", upgrades=True) as s:
+        load = lambda secs: s.tool("websocket", secs, run.a.conns)
+        load(WARM)
+        r = s.measured(lambda: load(run.a.secs), kind="websocket", count=lambda got: got["conns"])
+    r["cpu_us_msg"] = r.pop("cpu_us_req", 0)
+    r["messages_per_s"] = r.pop("rps")
+    return r
+
+
+def wasm_added(run, name):
+    """Both proxies run side by side and are measured in turn, so that what the machine does meanwhile hits both."""
+    slices = {"with": [], "without": []}
+    with Session(run, name, "h1-wasm") as filtered, Session(run, name, "h1-single") as plain:
+        sides = (("without", plain), ("with", filtered))
+        for _, s in sides:
+            s.tool("closed", WARM, run.a.conns)
+        for _ in range(4):
+            for side, s in sides:
+                r = s.measured(lambda: s.tool("closed", run.a.secs / 2, run.a.conns))
+                slices[side].append(r["cpu_us_req"])
+            sides = sides[::-1]
+    with_, without = (statistics.mean(slices[side]) for side in ("with", "without"))
+    return {"added_us": with_ - without, "with_us": with_, "without_us": without}
+
+
+def conn_rate(group):
+    def f(run, name):
+        def load(s, port, **more):
+            go = lambda secs: s.tool("handshake", secs, 1, port=port, threads=8, **more)
+            go(WARM / 2)
+            return s.measured(lambda: go(run.a.secs), ("inbound", "proxy"))
+        with Session(run, name, "h1-mtls-pair", group=group) as s:
+            t = load(s, "mtls", **s.identity())
+        r = {"mtls_conn_ms": t["cpu_us_req"] / 1e3, "mtls_conn_per_s": t["rps"], "proxy_core_util": t["proxy_core_util"], "others_on_core": t["others_on_core"]}
+        if group == "x25519":
+            with Session(run, name, "h1-inbound") as s:
+                q = load(s, "client")
+            r.update({"plain_conn_ms": q["cpu_us_req"] / 1e3, "handshake_net_ms": r["mtls_conn_ms"] - q["cpu_us_req"] / 1e3})
+        return r
+    return f
+
+
+def tail(run, name):
+    with Session(run, name, "h1-mtls-pair") as s:
+        r = s.measured(lambda: s.tool("openloop", run.a.secs * 2, run.a.conns, rate=run.a.rate, warmup=1) | {"secs": run.a.secs * 2 + 1})
+    r.update({k: r["load"][k] for k in ("p50_us", "p90_us", "p99_us", "p999_us")})
+    d = r if name == "direct" else run.direct_round
+    if name == "direct":
+        run.direct_round = dict(r)
+    if d:
+        r.update({"added_" + k: r[k] - d[k] for k in ("p50_us", "p99_us")})
+    return r
+
+
+def tcp(topology):
+    """Seconds of CPU per GB (10^9 bytes) with 1 and 8 connections, and microseconds per 128-byte ping-pong."""
+    def f(run, name):
+        r = {}
+        with Session(run, name, topology) as s:
+            s.tool("bulk", WARM / 2, 1)
+            for conns in (1, 8):
+                got = s.measured(lambda: s.tool("bulk", run.a.secs * 0.75, conns), kind="tcp", count=lambda _: conns)
+                if "cpu_s" in got:
+                    r["cpu_s_gb_%d" % conns] = got["cpu_s"] / got["load"]["total"] * 1e9
+                r["gbit_per_s_%d" % conns] = got["rps"] * 8 / 1e9
+            got = s.measured(lambda: s.tool("pingpong", run.a.secs * 0.75, 1), kind="tcp", count=lambda _: 1)
+            r["pingpong_us"] = got.get("cpu_us_req", 0.0)
+            r["pingpong_per_s"] = got["rps"]
+        return r
+    return f
+
+
+def access_log(run, name):
+    """As wasm_added: both modes side by side, in turn."""
+    slices = {True: [], False: []}
+    with Session(run, name, "h1-single", access_log=True) as every, Session(run, name, "h1-single") as errors:
+        sides = ((True, every), (False, errors))
+        for _, s in sides:
+            s.tool("closed", WARM, run.a.conns)
+        for _ in range(4):
+            for side, s in sides:
+                r = s.measured(lambda: s.tool("closed", run.a.secs / 2, run.a.conns))
+                slices[side].append(r["cpu_us_req"])
+            sides = sides[::-1]
+        lines = sum(1 for line in open(every.procs[0].log, "rb") if line.startswith(b"{") and b"/svc-0/" in line)
+        dropped = every.peer.ask("proxy", "/stats")["droppedLogLines"]
+    if lines + dropped == 0:
+        raise Skip("no line was logged")
+    every, errors = (statistics.mean(slices[side]) for side in (True, False))
+    return {"all_vs_errors": every / errors, "all_us": every, "errors_us": errors, "lines": lines, "dropped": dropped}
+
+
+def workers(run, name):
+    """One and two workers, not pinned, in turn; then how evenly two share connections."""
+    r, slices = {}, {1: [], 2: []}
+    with Session(run, name, "h1-single", spread=True, workers=1) as one, Session(run, name, "h1-single", spread=True, workers=2) as two:
+        sides = ((1, one), (2, two))
+        for _, s in sides:
+            s.tool("closed", WARM, run.a.conns)
+        for _ in range(4):
+            for side, s in sides:
+                slices[side].append(s.measured(lambda: s.tool("closed", run.a.secs / 2, run.a.conns))["cpu_us_req"])
+            sides = sides[::-1]
+        for conns in (4, 8, 64):
+            r["h1_share_%d" % conns] = share(two, lambda: two.tool("closed", run.a.secs / 4, conns))
+    with Session(run, name, "h2-mtls-pair", spread=True, workers=2) as two:
+        for conns in (4, 8, 64):
+            r["h2_share_%d" % conns] = share(two, lambda: two.h2load(run.a.secs / 4, conns, 10))
+    one, two = (statistics.mean(slices[n]) for n in (1, 2))
+    return {"two_vs_one": two / one, "one_us": one, "two_us": two, **r}
+
+
+def share(s, load):
+    """The busiest worker's requests, over its fair share, at the proxy that clients connect to."""
+    from .check import Counters
+    role = next(role for role, (_, direction) in s.peer.admin.items() if direction == "outbound")
+    counters = Counters(s.peer, [role])
+    load()
+    took = counters.workers(role)
+    return max(took) / (sum(took) / len(took))
+
+
+PAIR = ["cpu_us_req", "cpu_us_req_outbound", "cpu_us_req_inbound", "rps", "sys_share", "proxy_core_util", "others_on_core"]
+SINGLE = ["cpu_us_req", "rps", "sys_share", "proxy_core_util", "others_on_core", "rss_mib"]
+TCP = ["cpu_s_gb_1", "cpu_s_gb_8", "pingpong_us", "gbit_per_s_1", "gbit_per_s_8", "pingpong_per_s"]
+OURS = ("outrigger",)
+
+SCENARIOS = {
+    "h1-single": Scenario("1 KiB GET through one proxy, at the caller's side", closed("h1-single"), "h1-single", SINGLE, direct=True),
+    "h1-inbound": Scenario("the same at the application's side (Outrigger: with authorization)", closed("h1-inbound"), "h1-inbound", SINGLE),
+    "h1-mtls-pair": Scenario("1 KiB GET through both sidecars, mTLS between them", closed("h1-mtls-pair"), "h1-mtls-pair", PAIR),
+    "h1-mtls-pair-post16k": Scenario("16 KiB POST, echoed", closed("h1-mtls-pair", post=16384), "h1-mtls-pair", PAIR),
+    "h2-mtls-pair": Scenario("1 KiB GET over HTTP/2 all the way", h2, "h2-mtls-pair", PAIR, direct=True),
+    "wasm-added": Scenario("CPU that a Proxy-Wasm filter adds (three header calls)", wasm_added, "h1-wasm", ["added_us", "with_us", "without_us"], needs=("wasm",), only=("envoy", "outrigger")),
+    "conn-rate-x25519": Scenario("new mTLS connection, one GET", conn_rate("x25519"), "h1-mtls-pair", ["mtls_conn_ms", "plain_conn_ms", "handshake_net_ms", "mtls_conn_per_s", "proxy_core_util", "others_on_core"], group="x25519"),
+    "conn-rate-x25519mlkem768": Scenario("new mTLS connection with hybrid key exchange, one GET", conn_rate("x25519mlkem768"), "h1-mtls-pair", ["mtls_conn_ms", "mtls_conn_per_s", "proxy_core_util", "others_on_core"], group="x25519mlkem768"),
+    "tail-latency": Scenario("both sidecars at a constant rate", tail, "h1-mtls-pair", ["cpu_us_req", "added_p50_us", "added_p99_us", "p50_us", "p99_us", "others_on_core"], ratios=["added_p50_us"], direct=True),
+    "tcp-passthrough": Scenario("opaque TCP through one proxy", tcp("tcp-single"), "tcp-single", TCP, ratios=["cpu_s_gb_8", "pingpong_us"], direct=True),
+    "tcp-mtls-pair": Scenario("opaque TCP through both sidecars, mTLS between them", tcp("tcp-mtls-pair"), "tcp-mtls-pair", TCP, ratios=["cpu_s_gb_8", "pingpong_us"], needs=("cli",)),
+    "websocket": Scenario("128-byte echo through both sidecars", websocket, "h1-mtls-pair", ["cpu_us_msg", "messages_per_s", "proxy_core_util"]),
+    "grpc-unary": Scenario("128-byte calls through both sidecars", grpc("unary"), "h2-mtls-pair", PAIR),
+    "grpc-stream": Scenario("128-byte messages on streams through both sidecars", grpc("stream"), "h2-mtls-pair", ["cpu_us_msg", "messages_per_s", "proxy_core_util", "others_on_core"]),
+    "access-log": Scenario("JSON line for every request, over Errors only", access_log, "h1-single", ["all_vs_errors", "all_us", "errors_us", "lines", "dropped"], only=OURS),
+    "workers": Scenario("two workers against one, and how they share", workers, "h1-single", ["two_vs_one", "one_us", "two_us"] + ["%s_share_%d" % (v, n) for v in ("h1", "h2") for n in (4, 8, 64)], only=OURS),
+}
