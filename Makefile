@@ -6,7 +6,7 @@ export PATH := $(PATH):$(HOME)/.cargo/bin
 SHELL := /bin/bash
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build filters demo test lint bench
+.PHONY: help setup build filters demo test lint bench bench-budget
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,8 +39,13 @@ bench: setup ## the comparison with Envoy, HAProxy and nginx (ARGS= for bench/be
 		"$$(scripts/setup.sh --venv)/bin/python" bench/bench.py --json "$(CACHE)/bench/results.json" $(ARGS)
 	@echo "==> results: $(CACHE)/bench/results.json"
 
+bench-budget: setup ## instructions and allocations per request, against bench/budget.json (ARGS=--update)
+	@echo "==> building the proxy with symbols, and the core's decisions"
+	@cargo build --workspace --bin outrigger-proxy --bin core-budget --locked --profile profiling
+	@bench/budget.py $(ARGS)
+
 # Names that others may rely on already (DESIGN section 9), built in later steps.
-LATER := bench-scale bench-budget conformance conformance-wasm conformance-envoy sim fuzz
+LATER := bench-scale conformance conformance-wasm conformance-envoy sim fuzz
 .PHONY: $(LATER)
 $(LATER):
 	@echo "make $@: not built yet" >&2; exit 1

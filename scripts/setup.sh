@@ -40,7 +40,7 @@ apt_install() {
 
 # What a package is needed for, as "command:package".
 tools=(cc:build-essential curl:curl ip:iproute2 nft:nftables setpriv:util-linux openssl:openssl
-    h2load:nghttp2-client wrk:wrk python3:python3)
+    h2load:nghttp2-client wrk:wrk python3:python3 valgrind:valgrind)
 packages=()
 PATH="$PATH:/usr/sbin:/sbin"
 for tool in "${tools[@]}"; do

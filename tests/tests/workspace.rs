@@ -89,7 +89,7 @@ fn lints_are_policy_in_every_crate() {
 #[test]
 fn the_makefile_has_every_target_and_those_to_come_say_so() {
     let makefile = read("Makefile");
-    for target in ["demo", "test", "lint", "bench"] {
+    for target in ["demo", "test", "lint", "bench", "bench-budget"] {
         assert!(makefile.lines().any(|line| line.starts_with(&format!("{target}:"))), "{target}");
     }
     for later in ["bench-scale", "conformance", "conformance-wasm", "conformance-envoy", "sim", "fuzz"] {
@@ -111,7 +111,7 @@ fn the_makefile_has_every_target_and_those_to_come_say_so() {
 fn ci_runs_what_contributors_run() {
     let ci = read(".ci/run");
     assert!(ci.contains("set -euo pipefail"));
-    for step in ["scripts/setup.sh", "scripts/lint.sh", "make test"] {
+    for step in ["scripts/setup.sh", "scripts/lint.sh", "make test", "make bench-budget"] {
         assert!(ci.contains(step), "{step}");
     }
     let lint = read("scripts/lint.sh");
