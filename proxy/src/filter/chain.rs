@@ -1,37 +1,103 @@
-//! The filters of one exchange, in order.
+//! The filters of one exchange, in order: a machine without IO. What comes in is pushed, what comes out is taken; see "Filters" in
+//! `docs/architecture.md`.
 
+use std::cell::RefCell;
+use std::collections::VecDeque;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::task::Waker;
 
 use bytes::Bytes;
-use http::header::CONTENT_TYPE;
-use http::{HeaderMap, Response, request, response};
+use http::{HeaderMap, request, response};
 
-use super::{Action, Filter, FilterState, Heads, Outcome, Plugin, Stream, StreamInfo};
+use super::local::is_grpc;
+use super::stream::{At, Data, Slot, Waiter};
+use super::{Action, Event, Failed, Filter, Flow, LocalResponse, Peer, Plugin, Stream, StreamInfo, View};
 
-/// The filters of one exchange. Lives on one worker: it holds that worker's instances.
-///
-/// Request filters run in order, response filters in reverse; [`Chain::done`] ends every filter exactly once, and dropping
-/// the chain does the same with what is known by then. A chain of no filters allocates nothing.
-pub struct Chain {
-    filters: Vec<Box<dyn Filter>>,
-    /// Filters whose request callback ran: only these see the response when the request phase was cut short.
-    reached: usize,
-    /// The request phase ended early: later filters never saw the request.
-    cut: bool,
-    grpc: bool,
-    info: Rc<StreamInfo>,
-    heads: Rc<Heads>,
-    state: FilterState,
-    done: bool,
+/// What comes out of a chain behind a head.
+#[derive(Debug)]
+pub enum Frame {
+    /// Body bytes, never empty
+    Data(Bytes),
+    /// Trailers, and the end
+    Trailers(HeaderMap),
+    /// The end
+    End,
 }
+
+/// Why the exchange does not go on as it was.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Stop {
+    /// A filter answered: its response comes out of the chain. Nothing (more) of the request does
+    Local,
+    /// 503 `filter-failed`, made by the caller and given to [`Chain::replace_response`]
+    Failed(Failed),
+    /// A filter held more of a body than it may: 413 or 500, likewise
+    TooLarge(Flow),
+    /// Reset the client's stream
+    Reset,
+}
+
+/// The filters of one exchange. Lives on one worker: it holds that worker's instances. Clones are handles to the same chain.
+///
+/// Request filters run in order, response filters in reverse. [`Chain::done`] ends every filter exactly once, and dropping the last handle
+/// does the same with what is known by then.
+#[derive(Clone)]
+pub struct Chain(Rc<Inner>);
 
 impl std::fmt::Debug for Chain {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Chain")
-            .field("filters", &self.filters.len())
-            .field("reached", &self.reached)
-            .finish_non_exhaustive()
+        f.debug_struct("Chain").field("filters", &self.0.count).finish_non_exhaustive()
+    }
+}
+
+struct Inner {
+    stream: Rc<Stream>,
+    count: usize,
+    state: RefCell<State>,
+}
+
+#[derive(Default)]
+struct State {
+    request: Direction,
+    response: Direction,
+    grpc: bool,
+    stop: Option<Stop>,
+    /// A callback asked for something in the other direction.
+    again: bool,
+    done: bool,
+}
+
+/// Steps are counted in the order in which the direction passes the filters.
+#[derive(Default)]
+struct Direction {
+    begun: bool,
+    /// The step that gets what comes in
+    first: usize,
+    /// The step that has the head
+    head_at: usize,
+    head_end: bool,
+    head_taken: bool,
+    /// Nothing more of it comes out
+    cut: bool,
+    out: VecDeque<Bytes>,
+    held_out: usize,
+    out_end: Option<End>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum End {
+    Plain,
+    Trailers,
+    Taken,
+}
+
+impl State {
+    fn of(&mut self, flow: Flow) -> &mut Direction {
+        match flow {
+            Flow::Request => &mut self.request,
+            Flow::Response => &mut self.response,
+        }
     }
 }
 
@@ -43,137 +109,619 @@ impl Chain {
 
     /// A chain of any filters.
     pub fn of(filters: Vec<Box<dyn Filter>>, info: StreamInfo) -> Self {
-        Self {
-            filters,
-            reached: 0,
-            cut: false,
-            grpc: false,
-            info: Rc::new(info),
-            heads: Rc::default(),
-            state: FilterState::default(),
-            done: false,
-        }
+        Self::make(filters, info, false)
     }
 
-    /// True: every call is a no-op.
-    pub fn is_empty(&self) -> bool {
-        self.filters.is_empty()
+    /// A chain for an opaque connection.
+    pub fn tcp(plugins: &[Arc<Plugin>], info: StreamInfo) -> Self {
+        Self::make(plugins.iter().map(Plugin::filter).collect(), info, true)
+    }
+
+    fn make(filters: Vec<Box<dyn Filter>>, info: StreamInfo, tcp: bool) -> Self {
+        let count = filters.len();
+        let stream = Rc::new(Stream::new(filters, info, tcp));
+        Self(Rc::new(Inner { stream, count, state: RefCell::default() }))
     }
 
     /// Facts that become known later (upstream, route).
-    pub fn info_mut(&mut self) -> &mut StreamInfo {
-        Rc::make_mut(&mut self.info)
+    pub fn info<R>(&self, f: impl FnOnce(&mut StreamInfo) -> R) -> R {
+        f(&mut self.0.stream.data().info)
     }
 
-    /// Runs the request filters. `Respond`, `Failed` and `Reset` end the request phase: nothing goes upstream, and
-    /// [`Chain::response_headers`] must not be called for a `Respond`, whose response filters have run already.
-    pub fn request_headers(&mut self, head: &mut request::Parts, end_of_stream: bool) -> Outcome {
-        if self.filters.is_empty() {
-            return Outcome::Continue;
-        }
-        self.grpc = is_grpc(&head.headers);
-        let mut action = Action::Continue;
-        for filter in &mut self.filters {
-            self.reached += 1;
-            let mut stream = Stream { info: &self.info, heads: &self.heads, state: &mut self.state };
-            action = filter.request_headers(head, end_of_stream, &mut stream);
-            if !matches!(action, Action::Continue) {
-                self.cut = true;
-                break;
-            }
-        }
-        if self.filters.iter().any(|filter| filter.keeps_request()) {
-            self.keep(|heads| heads.request = Some(Box::new(copy_request(head))));
-        }
-        match action {
-            Action::Respond(local) => {
-                let (mut head, body) = local.into_head(self.grpc);
-                let end = body.is_empty();
-                self.respond(&mut head, end, Some(body))
-            }
-            Action::Continue => Outcome::Continue,
-            Action::Failed { filter, reason } => Outcome::Failed { filter, reason },
-            Action::Reset => Outcome::Reset,
-        }
+    /// Some filter has something to do with bodies of a direction, or holds one.
+    pub fn in_body(&self, flow: Flow) -> bool {
+        self.0.stream.data().slots.iter().any(|slot| slot.interest.in_body(flow))
     }
 
-    /// Runs the response filters, last first, on the response that is about to be sent. `Respond` replaces it.
-    pub fn response_headers(&mut self, head: &mut response::Parts, end_of_stream: bool) -> Outcome {
-        if self.filters.is_empty() {
-            return Outcome::Continue;
+    /// The request begins.
+    pub fn request_headers(&self, head: request::Parts, end: bool) {
+        {
+            let mut state = self.0.state.borrow_mut();
+            state.grpc = is_grpc(&head.headers);
+            state.request = Direction { begun: true, head_end: end, ..Direction::default() };
+            self.0.stream.data().request.head = Some(head);
         }
-        self.respond(head, end_of_stream, None)
+        self.0.advance(Flow::Request);
     }
 
-    fn respond(&mut self, head: &mut response::Parts, end_of_stream: bool, mut local: Option<Bytes>) -> Outcome {
-        let mut end = end_of_stream;
-        for filter in self.filters.iter_mut().take(self.reached).rev() {
-            let mut stream = Stream { info: &self.info, heads: &self.heads, state: &mut self.state };
-            match filter.response_headers(head, end, &mut stream) {
-                Action::Continue => {}
-                Action::Respond(response) => {
-                    let (replacement, body) = response.into_head(self.grpc);
-                    *head = replacement;
-                    end = body.is_empty();
-                    local = Some(body);
+    /// The request's head, once it has passed all filters; and whether nothing follows it.
+    pub fn take_request(&self) -> Option<(request::Parts, bool)> {
+        let mut data = self.0.stream.data();
+        let end = self.0.take_head(Flow::Request)?;
+        let head = data.request.head.take()?;
+        if data.slots.iter().any(|slot| slot.interest.keeps_request) {
+            data.request.kept = Some(Box::new(copy_request(&head)));
+        }
+        Some((head, end))
+    }
+
+    /// The response begins: of the upstream, or made by the mesh.
+    pub fn response_headers(&self, head: response::Parts, end: bool) {
+        self.0.begin_response(self.0.count, head, end);
+        self.0.run(Flow::Response);
+    }
+
+    /// A whole response of the mesh's own, instead of whatever was on its way. Filters that have begun with a response do not see it. False:
+    /// a response's head has been sent.
+    pub fn replace_response(&self, head: response::Parts, body: Bytes) -> bool {
+        if self.0.stream.data().head_sent {
+            return false;
+        }
+        self.0.state.borrow_mut().request.cut = true;
+        self.0.answer(self.0.count, head, body);
+        self.0.run(Flow::Response);
+        true
+    }
+
+    /// The response's head, once it has passed the filters; and whether nothing follows it.
+    pub fn take_response(&self) -> Option<(response::Parts, bool)> {
+        let mut data = self.0.stream.data();
+        let end = self.0.take_head(Flow::Response)?;
+        let head = data.response.head.take()?;
+        data.head_sent = true;
+        if data.slots.iter().any(|slot| slot.interest.keeps_response) {
+            data.response.kept = Some(Box::new(copy_response(&head)));
+        }
+        Some((head, end))
+    }
+
+    /// Body bytes of a message whose head came before; `end`: nothing follows.
+    pub fn data(&self, flow: Flow, bytes: Bytes, end: bool) {
+        self.0.input(flow, |slot| {
+            let stage = slot.stage_mut(flow);
+            stage.fresh |= !bytes.is_empty() || end;
+            stage.ended |= end;
+            stage.body.push(bytes);
+        });
+    }
+
+    /// Trailers, which end the message.
+    pub fn trailers(&self, flow: Flow, trailers: HeaderMap) {
+        *self.0.stream.data().trailers_mut(flow) = Some(trailers);
+        self.0.input(flow, |slot| slot.stage_mut(flow).trailers = true);
+    }
+
+    /// What has come out behind the head.
+    pub fn next(&self, flow: Flow) -> Option<Frame> {
+        let mut state = self.0.state.borrow_mut();
+        let direction = state.of(flow);
+        if let Some(bytes) = direction.out.pop_front() {
+            direction.held_out -= bytes.len();
+            return Some(Frame::Data(bytes));
+        }
+        match direction.out_end {
+            None | Some(End::Taken) => None,
+            Some(end) => {
+                direction.out_end = Some(End::Taken);
+                let trailers = self.0.stream.data().trailers_mut(flow).take();
+                match trailers.filter(|trailers| end == End::Trailers && !trailers.is_empty()) {
+                    Some(trailers) => Some(Frame::Trailers(trailers)),
+                    None => Some(Frame::End),
                 }
-                Action::Failed { filter, reason } => return Outcome::Failed { filter, reason },
-                Action::Reset => return Outcome::Reset,
             }
         }
-        if self.filters.iter().any(|filter| filter.keeps_response()) {
-            self.keep(|heads| heads.response = Some(Box::new(copy_response(head))));
-        }
-        let Some(body) = local else { return Outcome::Continue };
-        let mut response = Response::new(body);
-        *response.status_mut() = head.status;
-        *response.headers_mut() = std::mem::take(&mut head.headers);
-        Outcome::Respond(response)
     }
 
-    /// Callbacks share the copies only while they run.
-    fn keep(&mut self, set: impl FnOnce(&mut Heads)) {
-        if let Some(heads) = Rc::get_mut(&mut self.heads) {
-            set(heads);
+    /// Everything of a direction has come out, or been cut.
+    pub fn ended(&self, flow: Flow) -> bool {
+        let mut state = self.0.state.borrow_mut();
+        let direction = state.of(flow);
+        direction.cut || (direction.out.is_empty() && direction.out_end == Some(End::Taken))
+    }
+
+    /// The length of all that is to come out, where nothing more goes in.
+    pub fn length(&self, flow: Flow) -> Option<usize> {
+        let mut state = self.0.state.borrow_mut();
+        let direction = state.of(flow);
+        direction.out_end.is_some().then_some(direction.held_out)
+    }
+
+    /// Trailers are on their way out or may still come.
+    pub fn has_trailers(&self, flow: Flow) -> bool {
+        self.0.stream.data().trailers_mut(flow).is_some()
+    }
+
+    /// Room for more: while filters hold as much as they may, nothing should be read.
+    pub fn wants(&self, flow: Flow) -> bool {
+        let mut state = self.0.state.borrow_mut();
+        let direction = state.of(flow);
+        if direction.cut || !direction.out.is_empty() || direction.out_end.is_some() {
+            return false;
+        }
+        let data = self.0.stream.data();
+        // The first filter that holds something decides: what is behind it waits in it.
+        for step in direction.first..self.0.count {
+            let Some(slot) = data.slots.get(self.0.index(flow, step)) else { continue };
+            let stage = slot.stage(flow);
+            match stage.at {
+                At::Waiting => return stage.body.len() < slot.body_limit,
+                At::Headers if stage.paused => return stage.body.len() < slot.body_limit,
+                At::Body if stage.paused => return true,
+                At::Trailers if stage.paused => return false,
+                _ => {}
+            }
+        }
+        true
+    }
+
+    /// Why the exchange does not go on, once.
+    pub fn stop(&self) -> Option<Stop> {
+        self.0.state.borrow_mut().stop.take()
+    }
+
+    /// There is something for [`Chain::stop`].
+    pub fn stopped(&self) -> bool {
+        self.0.state.borrow().stop.is_some()
+    }
+
+    /// Does what was asked for from outside the filters' own callbacks. Callers do so whenever they are woken.
+    pub fn settle(&self) {
+        if self.0.stream.signal.replace(false) {
+            self.0.look_for_losses();
+            self.0.run(Flow::Request);
+            self.0.advance(Flow::Response);
         }
     }
 
-    /// True: a filter cut the request phase short.
-    pub fn was_cut(&self) -> bool {
-        self.cut
+    /// Who waits for what comes out of a direction.
+    pub fn register(&self, flow: Flow, waker: &Waker) {
+        self.0.stream.register(flow.into(), waker);
+    }
+
+    /// Who waits for [`Chain::stop`].
+    pub fn register_stop(&self, waker: &Waker) {
+        self.0.stream.register(Waiter::Stop, waker);
+    }
+
+    /// TCP: the client has connected.
+    pub fn connected(&self) {
+        {
+            let mut state = self.0.state.borrow_mut();
+            state.request = Direction { begun: true, ..Direction::default() };
+            state.response = Direction { begun: true, head_at: self.0.count, head_taken: true, ..Direction::default() };
+            for slot in self.0.stream.data().slots_mut() {
+                slot.response.at = At::Body;
+            }
+        }
+        self.0.advance(Flow::Request);
+    }
+
+    /// TCP: the new connection has passed all filters.
+    pub fn take_connected(&self) -> bool {
+        self.0.take_head(Flow::Request).is_some()
+    }
+
+    /// TCP: the side that sends in a direction is gone.
+    pub fn closed(&self, flow: Flow, peer: Peer) {
+        for index in 0..self.0.count {
+            let _ = self.0.call(index, flow, Event::Closed(peer));
+        }
     }
 
     /// The exchange is over: every filter logs and is deleted.
-    pub fn done(mut self) {
-        self.finish();
-    }
-
-    fn finish(&mut self) {
-        if std::mem::replace(&mut self.done, true) {
-            return;
-        }
-        for filter in &mut self.filters {
-            filter.log(&mut Stream { info: &self.info, heads: &self.heads, state: &mut self.state });
-        }
-        for filter in &mut self.filters {
-            filter.done();
-        }
+    pub fn done(&self) {
+        self.0.finish();
     }
 }
 
-impl Drop for Chain {
+enum Next {
+    Idle,
+    Pass,
+    Call(Event),
+    TooLarge,
+}
+
+impl Inner {
+    fn index(&self, flow: Flow, step: usize) -> usize {
+        match flow {
+            Flow::Request => step,
+            Flow::Response => self.count.saturating_sub(step + 1),
+        }
+    }
+
+    fn view(&self, index: usize) -> View {
+        View { stream: Rc::clone(&self.stream), index }
+    }
+
+    fn take_head(&self, flow: Flow) -> Option<bool> {
+        let mut state = self.state.borrow_mut();
+        let direction = state.of(flow);
+        let out = direction.begun && !direction.cut && direction.head_at >= self.count && !direction.head_taken;
+        out.then(|| {
+            direction.head_taken = true;
+            direction.head_end
+        })
+    }
+
+    fn input(&self, flow: Flow, f: impl FnOnce(&mut Slot)) {
+        let first = {
+            let mut state = self.state.borrow_mut();
+            let direction = state.of(flow);
+            if direction.cut || direction.out_end.is_some() {
+                return;
+            }
+            direction.first
+        };
+        if first >= self.count {
+            // No filter in this direction: what comes in goes out.
+            self.around(flow, f);
+            return;
+        }
+        if let Some(slot) = self.stream.data().slots.get_mut(self.index(flow, first)) {
+            f(slot);
+        }
+        self.run(flow);
+    }
+
+    fn around(&self, flow: Flow, f: impl FnOnce(&mut Slot)) {
+        let mut slot = Slot::none();
+        f(&mut slot);
+        let stage = slot.stage_mut(flow);
+        let (bytes, ended, trailers) = (stage.body.take(), stage.ended, stage.trailers);
+        self.put_out(flow, bytes, ended, trailers);
+    }
+
+    fn put_out(&self, flow: Flow, bytes: Bytes, ended: bool, trailers: bool) {
+        let mut state = self.state.borrow_mut();
+        let direction = state.of(flow);
+        direction.held_out += bytes.len();
+        if !bytes.is_empty() {
+            direction.out.push_back(bytes);
+        }
+        if trailers {
+            direction.out_end = Some(End::Trailers);
+        } else if ended {
+            direction.out_end = Some(End::Plain);
+        }
+    }
+
+    /// Runs a direction, and the other one if a callback asked for something there.
+    fn run(&self, flow: Flow) {
+        self.advance(flow);
+        let mut flow = flow;
+        while std::mem::take(&mut self.state.borrow_mut().again) {
+            flow = flow.other();
+            self.advance(flow);
+        }
+    }
+
+    fn halted(&self, flow: Flow) -> bool {
+        let mut state = self.state.borrow_mut();
+        state.of(flow).cut || matches!(state.stop, Some(Stop::Failed(_) | Stop::TooLarge(_) | Stop::Reset))
+    }
+
+    /// Moves everything of a direction as far as it goes.
+    fn advance(&self, flow: Flow) {
+        let first = {
+            let mut state = self.state.borrow_mut();
+            let direction = state.of(flow);
+            if !direction.begun {
+                return;
+            }
+            direction.first
+        };
+        for step in first..self.count {
+            loop {
+                if self.halted(flow) || self.state.borrow_mut().of(flow).first > step {
+                    return;
+                }
+                let index = self.index(flow, step);
+                match self.decide(flow, step, index) {
+                    Next::Idle => break,
+                    Next::Pass => self.pass(flow, step, index),
+                    Next::TooLarge => self.stop(Stop::TooLarge(flow)),
+                    Next::Call(event) => {
+                        let action = self.call(index, flow, event);
+                        self.after(flow, step, index, action);
+                    }
+                }
+            }
+        }
+    }
+
+    /// What a filter has to be told next.
+    fn decide(&self, flow: Flow, step: usize, index: usize) -> Next {
+        let (head_here, head_end) = {
+            let mut state = self.state.borrow_mut();
+            let direction = state.of(flow);
+            (direction.head_at == step, direction.head_end)
+        };
+        let mut data = self.stream.data();
+        let Some(slot) = data.slots.get_mut(index) else { return Next::Idle };
+        let (interest, limit) = (slot.interest, slot.body_limit);
+        let resumed = slot.stage(flow).paused && std::mem::take(&mut slot.wishes.resume[flow as usize]);
+        let stage = slot.stage_mut(flow);
+        match stage.at {
+            At::Waiting if head_here => {
+                stage.at = At::Headers;
+                Next::Call(Event::Headers { end: head_end })
+            }
+            At::Waiting | At::Done => Next::Idle,
+            _ if resumed => Next::Pass,
+            At::Headers | At::Trailers => Next::Idle,
+            At::Body if stage.fresh => {
+                stage.fresh = false;
+                let body = if flow == Flow::Request { interest.request_body } else { interest.response_body };
+                if !body {
+                    return Next::Pass;
+                }
+                if stage.paused && stage.body.len() > limit {
+                    return Next::TooLarge;
+                }
+                Next::Call(Event::Body { size: stage.body.len(), end: stage.ended })
+            }
+            At::Body if stage.trailers => {
+                stage.at = At::Trailers;
+                let trailers =
+                    if flow == Flow::Request { interest.request_trailers } else { interest.response_trailers };
+                if trailers { Next::Call(Event::Trailers) } else { Next::Pass }
+            }
+            At::Body => Next::Idle,
+        }
+    }
+
+    /// Runs a callback. Nothing is borrowed meanwhile.
+    fn call(&self, index: usize, flow: Flow, event: Event) -> Action {
+        let filter = {
+            let mut data = self.stream.data();
+            let Some(slot) = data.slots.get_mut(index) else { return Action::Continue };
+            slot.stage_mut(flow).calling = true;
+            slot.filter.take()
+        };
+        let Some(mut filter) = filter else { return Action::Continue };
+        let action = filter.on(flow, event, &self.view(index));
+        let mut data = self.stream.data();
+        if let Some(slot) = data.slots.get_mut(index) {
+            slot.filter = Some(filter);
+            slot.stage_mut(flow).calling = false;
+        }
+        action
+    }
+
+    /// Does what a callback said, and what it asked for while it ran.
+    fn after(&self, flow: Flow, step: usize, index: usize, action: Action) {
+        let (reply, reset, resumed, limit) = {
+            let mut data = self.stream.data();
+            let Some(slot) = data.slots.get_mut(index) else { return };
+            if slot.wishes.resume[flow.other() as usize] {
+                self.state.borrow_mut().again = true;
+            }
+            let resumed = std::mem::take(&mut slot.wishes.resume[flow as usize]);
+            (slot.wishes.reply.take(), std::mem::take(&mut slot.wishes.reset), resumed, slot.body_limit)
+        };
+        match action {
+            Action::Failed(failed) => self.fail(failed),
+            Action::Respond(reply) => self.respond(index, reply),
+            _ if reply.is_some() => {
+                if let Some(reply) = reply {
+                    self.respond(index, reply);
+                }
+            }
+            Action::Reset => self.stop(Stop::Reset),
+            _ if reset => self.stop(Stop::Reset),
+            Action::Pause if !resumed => {
+                let mut data = self.stream.data();
+                let Some(slot) = data.slots.get_mut(index) else { return };
+                let stage = slot.stage_mut(flow);
+                stage.paused = true;
+                if stage.at > At::Headers && stage.body.len() > limit {
+                    drop(data);
+                    self.stop(Stop::TooLarge(flow));
+                }
+            }
+            Action::Continue | Action::Pause => self.pass(flow, step, index),
+        }
+    }
+
+    /// What a filter held goes on to the next one, or out.
+    fn pass(&self, flow: Flow, step: usize, index: usize) {
+        let mut data = self.stream.data();
+        let data = &mut *data;
+        let Some(slot) = data.slots.get_mut(index) else { return };
+        if let Some(failed) = lacking(slot, flow) {
+            self.stop(Stop::Failed(failed));
+            return;
+        }
+        let stage = slot.stage_mut(flow);
+        stage.paused = false;
+        if stage.at == At::Headers {
+            let mut state = self.state.borrow_mut();
+            let direction = state.of(flow);
+            direction.head_at = step + 1;
+            stage.at = if direction.head_end { At::Done } else { At::Body };
+            if direction.head_end && step + 1 == self.count {
+                direction.out_end = Some(End::Taken);
+            }
+            return;
+        }
+        let (bytes, ended) = (stage.body.take(), stage.ended);
+        let through = ended || stage.at == At::Trailers;
+        if through {
+            stage.at = At::Done;
+        }
+        // Also those that the filter made itself at the end of a message without any.
+        let trailers = through && data.trailers_mut(flow).is_some();
+        if step + 1 >= self.count {
+            self.put_out(flow, bytes, through, trailers);
+            return;
+        }
+        let Some(next) = data.slots.get_mut(self.index(flow, step + 1)) else { return };
+        let next = next.stage_mut(flow);
+        let ended = through && !trailers;
+        next.fresh |= !bytes.is_empty() || ended;
+        next.body.push(bytes);
+        next.ended |= ended;
+        next.trailers |= trailers;
+    }
+
+    fn stop(&self, stop: Stop) {
+        let mut state = self.state.borrow_mut();
+        // What has gone out cannot be replaced.
+        let sent = state.response.head_taken;
+        let stop = if sent && stop != Stop::Local { Stop::Reset } else { stop };
+        state.request.cut = true;
+        if stop == Stop::Reset {
+            state.response.cut = true;
+        }
+        state.stop = Some(stop);
+        drop(state);
+        for waiter in [Waiter::Request, Waiter::Response, Waiter::Stop] {
+            self.stream.wake(waiter);
+        }
+    }
+
+    fn fail(&self, failed: Failed) {
+        self.stop(Stop::Failed(failed));
+    }
+
+    /// A filter answers.
+    fn respond(&self, index: usize, reply: LocalResponse) {
+        let grpc = {
+            let mut data = self.stream.data();
+            if data.head_sent {
+                drop(data);
+                self.stop(Stop::Reset);
+                return;
+            }
+            if let Some(slot) = data.slots.get_mut(index) {
+                slot.answered = true;
+            }
+            self.state.borrow().grpc
+        };
+        let (head, body) = reply.into_head(grpc);
+        self.answer(index + 1, head, body);
+        self.stop(Stop::Local);
+        self.advance(Flow::Response);
+    }
+
+    /// A whole response from inside the filter `below - 1`, in place of whatever was on its way.
+    fn answer(&self, below: usize, head: response::Parts, body: Bytes) {
+        let end = body.is_empty();
+        self.begin_response(below, head, end);
+        let first = self.state.borrow().response.first;
+        if first >= self.count {
+            self.put_out(Flow::Response, body, true, false);
+            return;
+        }
+        if end {
+            return;
+        }
+        if let Some(slot) = self.stream.data().slots.get_mut(self.index(Flow::Response, first)) {
+            slot.response.body.push(body);
+            slot.response.fresh = true;
+            slot.response.ended = true;
+        }
+    }
+
+    /// A response goes to the filters below an index that were reached and have not begun with one.
+    fn begin_response(&self, below: usize, head: response::Parts, end: bool) {
+        let mut data = self.stream.data();
+        let reached = data.slots.iter().take_while(|slot| slot.request.at != At::Waiting).count();
+        let fresh = data.slots.iter().take_while(|slot| slot.response.at == At::Waiting).count();
+        let below = below.min(reached).min(fresh);
+        for slot in data.slots.iter_mut().skip(below) {
+            slot.response.at = At::Done;
+            slot.response.paused = false;
+            slot.response.body = super::Buffer::default();
+        }
+        data.response.head = Some(head);
+        data.response.trailers = None;
+        let first = self.count - below;
+        let out_end = (end && below == 0).then_some(End::Taken);
+        let response = Direction { begun: true, first, head_at: first, head_end: end, out_end, ..Direction::default() };
+        self.state.borrow_mut().response = response;
+    }
+
+    /// Instances that ended, and wishes of paused filters.
+    fn look_for_losses(&self) {
+        for index in 0..self.count {
+            let filter = {
+                let mut data = self.stream.data();
+                data.slots.get_mut(index).and_then(|slot| slot.filter.take())
+            };
+            let Some(mut filter) = filter else { continue };
+            let lost = filter.lost(&self.view(index));
+            let (reply, reset) = {
+                let mut data = self.stream.data();
+                let Some(slot) = data.slots.get_mut(index) else { continue };
+                slot.filter = Some(filter);
+                if matches!(lost, Some(Action::Continue)) {
+                    slot.wishes.resume = [true; 2];
+                }
+                (slot.wishes.reply.take(), std::mem::take(&mut slot.wishes.reset))
+            };
+            match (lost, reply) {
+                (Some(Action::Failed(failed)), _) => self.fail(failed),
+                (_, Some(reply)) => self.respond(index, reply),
+                _ if reset => self.stop(Stop::Reset),
+                _ => {}
+            }
+        }
+    }
+
+    fn finish(&self) {
+        if std::mem::replace(&mut self.state.borrow_mut().done, true) {
+            return;
+        }
+        let (mut filters, tcp) = {
+            let mut data = self.stream.data();
+            data.logging = true;
+            let filters: Vec<_> = data.slots_mut().map(|slot| slot.filter.take()).collect();
+            let Data { request, response, tcp, .. } = &mut *data;
+            request.kept = request.kept.take().or_else(|| request.head.take().map(Box::new));
+            response.kept = response.kept.take().or_else(|| response.head.take().map(Box::new));
+            (filters, *tcp)
+        };
+        for (index, filter) in filters.iter_mut().enumerate().filter(|_| !tcp) {
+            if let Some(filter) = filter {
+                filter.log(&self.view(index));
+            }
+        }
+        for (index, filter) in filters.iter_mut().enumerate() {
+            if let Some(filter) = filter {
+                filter.done(&self.view(index));
+            }
+        }
+        let mut state = self.state.borrow_mut();
+        state.request.cut = true;
+        state.response.cut = true;
+        drop(state);
+        self.stream.wake(Waiter::Request);
+    }
+}
+
+impl Drop for Inner {
     fn drop(&mut self) {
         self.finish();
     }
 }
 
-/// Whether a request is gRPC: `content-type: application/grpc`, with or without a suffix.
-fn is_grpc(headers: &HeaderMap) -> bool {
-    let Some(rest) = headers.get(CONTENT_TYPE).and_then(|value| value.as_bytes().strip_prefix(b"application/grpc"))
-    else {
-        return false;
-    };
-    matches!(rest.first(), None | Some(b'+' | b';'))
+/// A filter took away what the message cannot do without.
+fn lacking(slot: &Slot, flow: Flow) -> Option<Failed> {
+    const REQUEST: [&str; 4] = [":method", ":path", ":authority", ":scheme"];
+    let lacking = slot.lacking[flow as usize].first(if flow == Flow::Request { &REQUEST } else { &[":status"] })?;
+    let filter = slot.filter.as_ref().map_or_else(String::new, |filter| filter.name().to_owned());
+    Some(Failed { filter, reason: format!("it removed {lacking}") })
 }
 
 fn copy_request(head: &request::Parts) -> request::Parts {

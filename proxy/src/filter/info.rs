@@ -1,75 +1,122 @@
 //! What filters may know of the exchange they are in.
 
 use std::net::SocketAddr;
+use std::rc::Rc;
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Instant, SystemTime};
 
-use http::{request, response};
+/// What is known of a client's connection. Nothing is computed before a filter asks for it. What is not known is `None`, never
+/// guessed.
+pub trait ConnectionFacts: std::fmt::Debug {
+    /// True: on the way to this workload's application. False: from it
+    fn inbound(&self) -> bool;
+    /// The client's address
+    fn source(&self) -> Option<SocketAddr>;
+    /// The address the client called (the original destination where there is one)
+    fn destination(&self) -> Option<SocketAddr>;
+    /// SPIFFE ID that the client proved
+    fn peer_identity(&self) -> Option<&str>;
+    /// SPIFFE ID of this proxy, where the connection is mTLS
+    fn local_identity(&self) -> Option<String>;
+    /// SNI of the client's TLS connection
+    fn server_name(&self) -> Option<&str>;
+    /// Number of the client's connection, unique in this process
+    fn id(&self) -> u64;
+    /// Name of this workload
+    fn workload(&self) -> &str;
+    /// Namespace of this workload
+    fn namespace(&self) -> &str;
+}
 
-/// Facts of one exchange, from which filters' properties are read. Absent facts are `None`, never guessed.
+/// Facts of one exchange, from which filters' properties are read.
 #[derive(Debug, Clone)]
 pub struct StreamInfo {
-    /// True: on the way to this workload's application. False: from it.
-    pub inbound: bool,
-    /// The client's address
-    pub source: Option<SocketAddr>,
-    /// The address the client called (the original destination where there is one)
-    pub destination: Option<SocketAddr>,
+    /// Of the client's connection
+    pub connection: Rc<dyn ConnectionFacts>,
+    /// When the request head was complete
+    pub start: Instant,
     /// The endpoint that was chosen; set before response callbacks
     pub upstream: Option<SocketAddr>,
-    /// True: the client proved an identity
-    pub mtls: bool,
-    /// SPIFFE ID of the client
-    pub peer_identity: Option<Arc<str>>,
-    /// SPIFFE ID of this proxy
-    pub local_identity: Option<Arc<str>>,
-    /// SNI of the client's TLS connection
-    pub server_name: Option<Arc<str>>,
-    /// Number of the client's connection, unique in this process
-    pub connection_id: u64,
-    /// When the request head was complete
-    pub start: SystemTime,
-    /// `http` or `https`, as the client spoke
-    pub scheme: &'static str,
     /// `<namespace>/<name>` of the service
     pub service: Option<Arc<str>>,
     /// Name of the rule that was chosen
     pub route: Option<Arc<str>>,
-    /// Name of this workload
-    pub workload: Arc<str>,
-    /// Namespace of this workload
-    pub namespace: Arc<str>,
+}
+
+impl StreamInfo {
+    /// Of an exchange that begins now.
+    pub fn new(connection: Rc<dyn ConnectionFacts>, start: Instant) -> Self {
+        Self { connection, start, upstream: None, service: None, route: None }
+    }
+
+    /// `http` or `https`, as the client spoke.
+    pub fn scheme(&self) -> &'static str {
+        if self.connection.peer_identity().is_some() { "https" } else { "http" }
+    }
+
+    /// [`start`](Self::start) by the wall clock.
+    pub fn started(&self) -> SystemTime {
+        SystemTime::now().checked_sub(self.start.elapsed()).unwrap_or(SystemTime::UNIX_EPOCH)
+    }
 }
 
 impl Default for StreamInfo {
     fn default() -> Self {
-        Self {
-            inbound: false,
-            source: None,
-            destination: None,
-            upstream: None,
-            mtls: false,
-            peer_identity: None,
-            local_identity: None,
-            server_name: None,
-            connection_id: 0,
-            start: SystemTime::UNIX_EPOCH,
-            scheme: "http",
-            service: None,
-            route: None,
-            workload: Arc::from(""),
-            namespace: Arc::from(""),
-        }
+        Self::new(Rc::new(StaticConnection::default()), Instant::now())
     }
 }
 
-/// Copies of the heads, as they left the chain.
-#[derive(Debug, Default)]
-pub struct Heads {
-    /// After the request phase
-    pub request: Option<Box<request::Parts>>,
-    /// After the response phase
-    pub response: Option<Box<response::Parts>>,
+/// Facts that somebody wrote down: for runs of filters without a proxy.
+#[derive(Debug, Clone, Default)]
+#[allow(missing_docs)] // See the trait.
+pub struct StaticConnection {
+    pub inbound: bool,
+    pub source: Option<SocketAddr>,
+    pub destination: Option<SocketAddr>,
+    pub peer_identity: Option<String>,
+    pub local_identity: Option<String>,
+    pub server_name: Option<String>,
+    pub id: u64,
+    pub workload: String,
+    pub namespace: String,
+}
+
+impl ConnectionFacts for StaticConnection {
+    fn inbound(&self) -> bool {
+        self.inbound
+    }
+
+    fn source(&self) -> Option<SocketAddr> {
+        self.source
+    }
+
+    fn destination(&self) -> Option<SocketAddr> {
+        self.destination
+    }
+
+    fn peer_identity(&self) -> Option<&str> {
+        self.peer_identity.as_deref()
+    }
+
+    fn local_identity(&self) -> Option<String> {
+        self.local_identity.clone()
+    }
+
+    fn server_name(&self) -> Option<&str> {
+        self.server_name.as_deref()
+    }
+
+    fn id(&self) -> u64 {
+        self.id
+    }
+
+    fn workload(&self) -> &str {
+        &self.workload
+    }
+
+    fn namespace(&self) -> &str {
+        &self.namespace
+    }
 }
 
 /// Bytes that filters of one exchange may set as properties, names and values together.

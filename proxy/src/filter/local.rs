@@ -50,6 +50,15 @@ impl LocalResponse {
     }
 }
 
+/// Whether a request is gRPC: `content-type: application/grpc`, with or without a suffix.
+pub(super) fn is_grpc(headers: &HeaderMap) -> bool {
+    let Some(rest) = headers.get(CONTENT_TYPE).and_then(|value| value.as_bytes().strip_prefix(b"application/grpc"))
+    else {
+        return false;
+    };
+    matches!(rest.first(), None | Some(b'+' | b';'))
+}
+
 /// The gRPC status for an HTTP status (the table of gRPC's `http-grpc-status-mapping.md`).
 fn grpc_from_http(status: StatusCode) -> u32 {
     match status.as_u16() {

@@ -1,98 +1,144 @@
-//! Filters: what stands between a request and its route. One trait for native and WASM filters, a [`Chain`] per
-//! exchange, and the registry of prepared WASM filters ([`Plugins`]).
+//! Filters: what stands between a message and its way. One trait for native and WASM filters, a [`Chain`] per exchange, and the
+//! registry of prepared WASM filters ([`Plugins`]).
 //!
-//! Callbacks are synchronous and never block. Bodies and trailers are not given to filters yet.
+//! Callbacks are synchronous and never block; waiting is a pause and a resume. See "Filters" in `docs/architecture.md`.
 
+mod buffer;
 mod chain;
 mod info;
 mod local;
 mod plugin;
 mod report;
+mod stream;
 pub mod wasm;
 
-pub use chain::Chain;
-pub use info::{FilterState, Heads, StreamInfo};
+pub use buffer::Buffer;
+pub use chain::{Chain, Frame, Stop};
+pub use info::{ConnectionFacts, FilterState, StaticConnection, StreamInfo};
 pub use local::LocalResponse;
 pub use plugin::{Compiler, FilterError, Plugin, Plugins, Settings};
 pub use report::{Health, StatusRow, prometheus};
+pub use stream::{At, Facts, Flow, HeadMut, HeadRef, Lacking, Stream, View, Which};
 pub use wasm::{release_unused, warm};
 
-use std::rc::Rc;
+/// Bytes that a filter may put into a body at once.
+pub const WRITE_LIMIT: usize = 16 * 1024 * 1024;
+/// Bytes of a body that are held for a filter that does not say otherwise.
+pub const BODY_LIMIT: usize = 64 * 1024;
 
-use bytes::Bytes;
-use http::{Response, request, response};
+/// What comes to a filter.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Event {
+    /// A head; of TCP (only in the direction of the request) the new connection
+    Headers {
+        /// Nothing follows it
+        end: bool,
+    },
+    /// Body bytes: a chunk, or all that was gathered since the filter paused
+    Body {
+        /// How many may be read now
+        size: usize,
+        /// Nothing follows them
+        end: bool,
+    },
+    /// Trailers, which are the end
+    Trailers,
+    /// TCP: the side that sends in this direction is gone
+    Closed(Peer),
+}
+
+/// Who closed a connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Peer {
+    /// Nobody knows
+    Unknown = 0,
+    /// This proxy
+    Local = 1,
+    /// The other end
+    Remote = 2,
+}
 
 /// What one filter says after a callback.
 #[derive(Debug)]
 pub enum Action {
-    /// The exchange goes on
+    /// The message goes on
     Continue,
+    /// It stays until [`View::resume`], and body bytes until the next callback continues
+    Pause,
     /// This is the response
     Respond(LocalResponse),
     /// The filter failed and its policy is FailClosed
-    Failed {
-        /// `<namespace>/<name>` of the filter
-        filter: String,
-        /// What went wrong, for the log
-        reason: String,
-    },
+    Failed(Failed),
     /// The filter wants the client's stream reset
     Reset,
 }
 
-/// What becomes of the exchange after the chain ran.
-#[derive(Debug)]
-pub enum Outcome {
-    /// It goes on
-    Continue,
-    /// Send this instead: framing headers are right (for a GET), gRPC mapping is done, and response filters have run
-    Respond(Response<Bytes>),
-    /// 503 `filter-failed`
-    Failed {
-        /// `<namespace>/<name>` of the filter
-        filter: String,
-        /// What went wrong, for the log
-        reason: String,
-    },
-    /// Reset the client's stream
-    Reset,
+/// A FailClosed filter that failed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Failed {
+    /// `<namespace>/<name>` of the filter
+    pub filter: String,
+    /// What went wrong, for the log
+    pub reason: String,
 }
 
-/// One filter's part in one exchange.
+/// Which callbacks a filter has: what it does not have is not made.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[allow(clippy::struct_excessive_bools, reason = "one per callback")]
+pub struct Interest {
+    /// [`Event::Body`] of requests, or what the client sends
+    pub request_body: bool,
+    /// [`Event::Trailers`] of requests
+    pub request_trailers: bool,
+    /// [`Event::Body`] of responses, or what the server sends
+    pub response_body: bool,
+    /// [`Event::Trailers`] of responses
+    pub response_trailers: bool,
+    /// It reads the request's head after the request phase (the chain then keeps a copy)
+    pub keeps_request: bool,
+    /// It reads the response's head when it logs
+    pub keeps_response: bool,
+}
+
+impl Interest {
+    /// The filter has something to do with bodies (or their end) of a direction.
+    pub fn in_body(self, flow: Flow) -> bool {
+        match flow {
+            Flow::Request => self.request_body || self.request_trailers,
+            Flow::Response => self.response_body || self.response_trailers,
+        }
+    }
+}
+
+/// One filter's part in one exchange or connection.
 ///
-/// The order of calls is `request_headers`, `response_headers`, `log`, `done`; any of the first two may be missing, the last
-/// two come exactly once.
+/// In each direction come headers, body any number of times, trailers; any of it may be missing. `log` and `done` come exactly once, in
+/// this order, whatever happened before: also to a filter that the exchange never reached.
 pub trait Filter {
-    /// The request head, before it is routed to an endpoint. `end_of_stream`: there is no body.
-    fn request_headers(&mut self, head: &mut request::Parts, end_of_stream: bool, stream: &mut Stream<'_>) -> Action;
+    /// Something comes to the filter. The message is in `view`.
+    fn on(&mut self, flow: Flow, event: Event, view: &View) -> Action;
 
-    /// The head of the final response, also of responses that the mesh makes.
-    fn response_headers(&mut self, head: &mut response::Parts, end_of_stream: bool, stream: &mut Stream<'_>) -> Action;
-
-    /// The exchange is over; all filters log before the first is [`done`](Filter::done). Heads are copies.
-    fn log(&mut self, stream: &mut Stream<'_>);
+    /// The exchange is over. Heads are copies.
+    fn log(&mut self, view: &View);
 
     /// The last call: gives back what the filter held for this exchange.
-    fn done(&mut self);
+    fn done(&mut self, view: &View);
 
-    /// Whether this filter reads the request head after the request phase (the chain then keeps a copy).
-    fn keeps_request(&self) -> bool {
-        false
+    /// `<namespace>/<name>`
+    fn name(&self) -> &str;
+
+    /// Which callbacks it has.
+    fn interest(&self) -> Interest {
+        Interest::default()
     }
 
-    /// Whether this filter reads the response head in [`Filter::log`] (the chain then keeps a copy).
-    fn keeps_response(&self) -> bool {
-        false
+    /// Bytes of a body that are held while it pauses.
+    fn body_limit(&self) -> usize {
+        BODY_LIMIT
     }
-}
 
-/// What a callback may read beside the head it is given, and the properties that filters of one exchange share.
-#[derive(Debug)]
-pub struct Stream<'a> {
-    /// Facts of the exchange
-    pub info: &'a Rc<StreamInfo>,
-    /// Copies of the heads, where a filter of the chain asked for them
-    pub heads: &'a Rc<Heads>,
-    /// Properties that filters set
-    pub state: &'a mut FilterState,
+    /// What it runs in has ended since its last callback: what the exchange does without it. Asked after [`Stream::notify`].
+    fn lost(&mut self, _view: &View) -> Option<Action> {
+        None
+    }
 }

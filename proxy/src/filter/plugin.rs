@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::path::PathBuf;
+use std::rc::Rc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
@@ -9,9 +10,9 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use outrigger_proto::mesh;
 
-use super::Filter;
 use super::report::{Health, StatusRow};
-use super::wasm::{Counters, Ready, Restart, Runtime, WasmFilter};
+use super::wasm::{Counters, Entered, Failure, Instance, Ready, Restart, Runtime, WasmFilter};
+use super::{Filter, Interest};
 
 /// Milliseconds where a specification has 0.
 const BACKOFF: u64 = 1_000;
@@ -101,8 +102,17 @@ impl Plugin {
         self.ready.spec.fail_open
     }
 
-    pub(super) fn keeps_heads(&self) -> bool {
-        self.ready.keeps_heads
+    pub(super) fn interest(&self) -> Interest {
+        self.ready.interest
+    }
+
+    pub(super) fn body_limit(&self) -> usize {
+        self.ready.spec.body
+    }
+
+    /// What has to be equal in plugins that share an instance; `None`: this one shares none.
+    pub(super) fn shared(&self) -> Option<&Arc<str>> {
+        self.ready.shared.as_ref()
     }
 
     /// Whether an instance may start now; if not, why.
@@ -117,13 +127,14 @@ impl Plugin {
         }
     }
 
-    pub(super) fn start(&self) -> Result<super::wasm::Instance, super::wasm::Failure> {
+    /// Enters an instance, or starts one.
+    pub(super) fn start(&self, shared: Option<Rc<Instance>>) -> Result<Entered, Failure> {
         let counters = Arc::<Counters>::default();
-        let instance = self.ready.start(Arc::clone(&counters))?;
+        let entered = self.ready.start(shared, Arc::clone(&counters))?;
         let mut slow = lock(&self.slow);
         slow.settle();
         slow.counters.push(counters);
-        Ok(instance)
+        Ok(entered)
     }
 
     /// An instance failed, or could not start.

@@ -2,7 +2,7 @@
 
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::{Instant, SystemTime};
+use std::time::Instant;
 
 use ::http::header::HOST;
 use ::http::{
@@ -18,7 +18,7 @@ use outrigger_core::reason::Reason;
 use super::attempt::Attempt;
 use super::body::{BodyError, ResponseBody, Tail};
 use super::{Connection, ConnectionInfo, Way, head, inbound, outbound, respond, response as reply, serve, upgrade};
-use crate::filter::{Chain, Outcome as Filtered, StreamInfo};
+use crate::filter::{Chain, Flow, Frame, Stop, StreamInfo};
 use crate::log::Entry;
 use crate::metrics::Metric;
 use crate::snapshot::Snapshot;
@@ -162,6 +162,16 @@ pub(super) async fn handle(
     exchange.conclude(answer, &hops, running)
 }
 
+/// A filter's response, as the filters around it left it.
+fn local_response(chain: &Chain) -> Option<Response<Bytes>> {
+    let (head, _) = chain.take_response()?;
+    let body = match chain.next(Flow::Response) {
+        Some(Frame::Data(bytes)) => bytes,
+        _ => Bytes::new(),
+    };
+    Some(Response::from_parts(head, body))
+}
+
 /// HTTP/2: the header list as RFC 9113 6.5.2 counts it. Of HTTP/1 hyper has seen to that.
 fn too_large(head: &request::Parts) -> bool {
     let size = |(name, value): (&HeaderName, &HeaderValue)| name.as_str().len() + value.len() + 32;
@@ -255,24 +265,9 @@ impl Exchange {
             let name = key.strip_prefix("filter/").unwrap_or(key);
             connection.worker.metrics.add(Metric::FilterCalls, &[name], 1);
         }
-        let labels = &connection.worker.labels;
-        let identity = connection.worker.proxy.identity.current();
-        let info = StreamInfo {
-            inbound: connection.way() == Way::Inbound,
-            source: Some(connection.client()),
-            destination: connection.destination(),
-            mtls: connection.peer().is_some(),
-            peer_identity: connection.peer().map(|peer| peer.as_str().into()),
-            local_identity: identity.map(|identity| identity.spiffe().as_str().into()),
-            connection_id: connection.id,
-            start: SystemTime::now(),
-            scheme: if connection.peer().is_some() { "https" } else { "http" },
-            service: Some(self.service.clone()),
-            route: Some(self.route.clone()),
-            workload: labels.name.clone(),
-            namespace: labels.namespace.clone(),
-            ..StreamInfo::default()
-        };
+        let mut info = StreamInfo::new(connection.clone(), self.start);
+        info.service = Some(self.service.clone());
+        info.route = Some(self.route.clone());
         self.chain = Some(Chain::new(&plugins, info));
         Ok(())
     }
@@ -293,17 +288,26 @@ impl Exchange {
     /// # Errors
     /// A FailClosed filter failed.
     pub(super) fn filter_request(&mut self, head: &mut request::Parts, end: bool) -> Result<Option<Answer>, Failure> {
-        let Some(chain) = &mut self.chain else { return Ok(None) };
-        match chain.request_headers(head, end) {
-            Filtered::Continue => Ok(None),
-            Filtered::Respond(response) => {
+        let Some(chain) = &self.chain else { return Ok(None) };
+        let (empty, ()) = Request::new(()).into_parts();
+        chain.request_headers(std::mem::replace(head, empty), end);
+        match chain.stop() {
+            None => match chain.take_request() {
+                Some((passed, _)) => {
+                    *head = passed;
+                    Ok(None)
+                }
+                None => Err(Failure::new(Reason::FilterFailed, "a filter paused")),
+            },
+            Some(Stop::Local) => {
+                let response = local_response(chain).ok_or(Reason::FilterFailed)?;
                 Ok(Some(Answer::Local { response, reason: Reason::FilterResponse, filtered: true }))
             }
-            Filtered::Failed { filter, reason } => {
-                tracing::warn!(%filter, %reason, "a FailClosed filter failed");
-                Err(Failure::new(Reason::FilterFailed, format!("filter {filter}")))
+            Some(Stop::Failed(failed)) => {
+                tracing::warn!(filter = failed.filter, reason = failed.reason, "a FailClosed filter failed");
+                Err(Failure::new(Reason::FilterFailed, format!("filter {}", failed.filter)))
             }
-            Filtered::Reset => Ok(Some(Answer::Reset)),
+            Some(Stop::TooLarge(_) | Stop::Reset) => Ok(Some(Answer::Reset)),
         }
     }
 
@@ -389,17 +393,25 @@ impl Exchange {
 
     /// Runs the response filters. `Some`: this instead.
     fn filter_response(&mut self, head: &mut response::Parts, end: bool) -> Result<Option<Response<Bytes>>, BodyError> {
-        let Some(chain) = &mut self.chain else { return Ok(None) };
-        chain.info_mut().upstream = self.upstream;
-        match chain.response_headers(head, end) {
-            Filtered::Continue => Ok(None),
-            Filtered::Respond(response) => Ok(Some(response)),
-            Filtered::Failed { filter, reason } => {
-                tracing::warn!(%filter, %reason, "a FailClosed filter failed");
-                self.detail = format!("filter {filter}");
+        let Some(chain) = &self.chain else { return Ok(None) };
+        chain.info(|info| info.upstream = self.upstream);
+        let (empty, ()) = Response::new(()).into_parts();
+        chain.response_headers(std::mem::replace(head, empty), end);
+        match chain.stop() {
+            None => match chain.take_response() {
+                Some((passed, _)) => {
+                    *head = passed;
+                    Ok(None)
+                }
+                None => Err("a filter paused".into()),
+            },
+            Some(Stop::Local) => Ok(local_response(chain)),
+            Some(Stop::Failed(failed)) => {
+                tracing::warn!(filter = failed.filter, reason = failed.reason, "a FailClosed filter failed");
+                self.detail = format!("filter {}", failed.filter);
                 Ok(Some(respond::respond(Reason::FilterFailed, self.grpc, &self.detail)))
             }
-            Filtered::Reset => Err("a filter reset the stream".into()),
+            Some(Stop::TooLarge(_) | Stop::Reset) => Err("a filter reset the stream".into()),
         }
     }
 
@@ -411,8 +423,8 @@ impl Exchange {
     /// The rule that a request is sent by.
     pub(super) fn select(&mut self, rule: &Rule) {
         self.route = rule.name.clone();
-        if let Some(chain) = self.chain.as_mut().filter(|chain| !chain.is_empty()) {
-            chain.info_mut().route = Some(rule.name.clone());
+        if let Some(chain) = &self.chain {
+            chain.info(|info| info.route = Some(rule.name.clone()));
         }
     }
 

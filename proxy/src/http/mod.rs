@@ -5,6 +5,7 @@ mod body;
 #[allow(dead_code, reason = "the host functions that use it follow")]
 mod callout;
 mod exchange;
+mod facts;
 mod head;
 mod inbound;
 #[allow(dead_code, reason = "the host functions that use it follow")]

@@ -5,9 +5,9 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 use wasmtime::{Caller, Engine, FuncType, Linker, Val, ValType};
 
-use super::super::LocalResponse;
+use super::super::{Flow, HeadMut, HeadRef, LocalResponse, View, Which};
 use super::abi::{Abi, Status, deserialize_pairs, serialize_pairs};
-use super::headers::{self, Head};
+use super::headers;
 use super::host::{Call, Fault, Host, Phase, give, log_level, read, slice, split, write, write_u32};
 use super::properties;
 
@@ -15,8 +15,7 @@ use super::properties;
 const LOCAL_BODY: usize = 1024 * 1024;
 
 /// Linked, so that modules of every SDK load, but not served yet: name, and parameters (`i` 32 bits, `I` 64 bits).
-const UNSERVED: [(&str, &str); 21] = [
-    ("proxy_set_buffer_bytes", "iiiii"),
+const UNSERVED: [(&str, &str); 19] = [
     ("proxy_set_tick_period_milliseconds", "i"),
     ("proxy_get_status", "iii"),
     ("proxy_http_call", "iiiiiiiiii"),
@@ -36,7 +35,6 @@ const UNSERVED: [(&str, &str); 21] = [
     ("proxy_record_metric", "iI"),
     ("proxy_get_metric", "ii"),
     ("proxy_call_foreign_function", "iiiiii"),
-    ("proxy_get_buffer_status", "iii"),
 ];
 
 /// The type of a function of 32- and 64-bit parameters.
@@ -80,6 +78,8 @@ pub(super) fn link(linker: &mut Linker<Host>, abi: Abi) -> wasmtime::Result<()> 
     link! { linker,
         "proxy_get_current_time_nanoseconds" => current_time, (out: u32);
         "proxy_get_buffer_bytes" => get_buffer, (buffer: u32, start: u32, max: u32, ptr: u32, len: u32);
+        "proxy_set_buffer_bytes" => set_buffer, (buffer: u32, start: u32, max: u32, ptr: u32, len: u32);
+        "proxy_get_buffer_status" => get_buffer_status, (buffer: u32, len: u32, flags: u32);
         "proxy_get_header_map_size" => map_size, (map: u32, out: u32);
         "proxy_get_header_map_pairs" => map_pairs, (map: u32, ptr: u32, len: u32);
         "proxy_set_header_map_pairs" => set_map_pairs, (map: u32, ptr: u32, len: u32);
@@ -145,74 +145,115 @@ fn current_time(caller: Guest<'_, '_>, out: u32) -> Call {
     write(caller, out, &u64::try_from(now).unwrap_or(u64::MAX).to_le_bytes())
 }
 
+/// Where a buffer is that belongs to a stream.
+fn body_of(buffer: u32) -> Option<Flow> {
+    match buffer {
+        0 | 2 => Some(Flow::Request),
+        1 | 3 => Some(Flow::Response),
+        _ => None,
+    }
+}
+
+/// The part of a buffer that a guest asks for; past the end there is nothing.
+fn part(bytes: &[u8], start: u32, end: u32) -> Vec<u8> {
+    let at = |place: u32| usize::try_from(place).unwrap_or(usize::MAX).min(bytes.len());
+    bytes.get(at(start)..at(end)).unwrap_or_default().to_vec()
+}
+
 fn get_buffer(caller: Guest<'_, '_>, buffer: u32, start: u32, max: u32, ptr: u32, len: u32) -> Call {
     let host = caller.data();
-    let bytes = match (buffer, host.phase) {
-        (6, Phase::VmStart) => &host.spec.vm_configuration,
-        (7, Phase::Configure) => &host.spec.configuration,
-        (0..=8, _) => return Err(Status::NotFound.into()),
+    if buffer > 8 {
+        return Err(Status::BadArgument.into());
+    }
+    let end = start.checked_add(max).ok_or(Status::BadArgument)?;
+    let bytes = match (buffer, host.phase, &host.view) {
+        (6, Phase::VmStart, _) => part(&host.spec.vm_configuration, start, end),
+        (7, Phase::Configure, _) => part(&host.plugin().configuration, start, end),
+        (0..=3, _, Some(view)) if (buffer > 1) == view.is_tcp() => {
+            let flow = body_of(buffer).ok_or(Status::NotFound)?;
+            view.body(flow, |bytes| part(bytes, start, end)).ok_or(Status::NotFound)?
+        }
+        _ => return Err(Status::NotFound.into()),
+    };
+    give(caller, &bytes, ptr, len)
+}
+
+fn set_buffer(caller: Guest<'_, '_>, buffer: u32, start: u32, max: u32, ptr: u32, len: u32) -> Call {
+    let (memory, host) = split(caller)?;
+    let bytes = slice(memory, ptr, len)?;
+    let flow = body_of(buffer).ok_or(Status::BadArgument)?;
+    let view = host.view.as_ref().filter(|view| (buffer > 1) == view.is_tcp()).ok_or(Status::BadArgument)?;
+    let size = |n: u32| usize::try_from(n).unwrap_or(usize::MAX);
+    let done = view.set_body(flow, size(start), size(max), bytes);
+    done.then_some(()).ok_or(Fault::Status(Status::BadArgument))
+}
+
+fn get_buffer_status(caller: Guest<'_, '_>, buffer: u32, out_len: u32, out_flags: u32) -> Call {
+    let host = caller.data();
+    let length = match (buffer, host.phase, &host.view) {
+        (6, Phase::VmStart, _) => host.spec.vm_configuration.len(),
+        (7, Phase::Configure, _) => host.plugin().configuration.len(),
+        (0..=3, _, Some(view)) if (buffer > 1) == view.is_tcp() => {
+            let flow = body_of(buffer).ok_or(Status::NotFound)?;
+            view.body(flow, <[u8]>::len).ok_or(Status::NotFound)?
+        }
+        (0..=8, _, _) => return Err(Status::NotFound.into()),
         _ => return Err(Status::BadArgument.into()),
     };
-    let end = start.checked_add(max).ok_or(Status::BadArgument)?;
-    let size = u32::try_from(bytes.len()).map_err(|_| Status::InternalFailure)?;
-    let part = slice(bytes, start.min(size), end.min(size) - start.min(size))?.to_vec();
-    give(caller, &part, ptr, len)
+    write_u32(caller, out_len, u32::try_from(length).map_err(|_| Status::InternalFailure)?)?;
+    write_u32(caller, out_flags, 0)
 }
 
 fn get_configuration(caller: Guest<'_, '_>, ptr: u32, len: u32) -> Call {
-    let spec = std::sync::Arc::clone(&caller.data().spec);
-    let configure = caller.data().phase == Phase::Configure;
+    let host = caller.data();
+    let spec = std::sync::Arc::clone(if host.phase == Phase::Configure { host.plugin() } else { &host.spec });
+    let configure = host.phase == Phase::Configure;
     give(caller, if configure { &spec.configuration } else { &spec.vm_configuration }, ptr, len)
 }
 
-/// The head that a map number means now, for reading: given to `$use` as `$head`; `$none` if it cannot be read now.
+/// The direction and the place of a map that belongs to a stream.
+fn map_of(map: u32) -> Option<(Flow, Which)> {
+    match map {
+        0 => Some((Flow::Request, Which::Headers)),
+        1 => Some((Flow::Request, Which::Trailers)),
+        2 => Some((Flow::Response, Which::Headers)),
+        3 => Some((Flow::Response, Which::Trailers)),
+        _ => None,
+    }
+}
+
+/// The head that a map number means now, for reading: given to `$use` as `$head`; `None` if it cannot be read now.
 macro_rules! with_map {
-    ($host:expr, $map:expr, $head:ident => $use:expr, $none:expr) => {
-        match ($map, $host.phase, $host.on_stream()) {
-            (0, Phase::Request, true) => {
-                let $head = &$host.request;
-                $use
-            }
-            (2, Phase::Response, true) => {
-                let $head = &$host.response;
-                $use
-            }
-            (0, Phase::Log, true) => match $host.heads.as_deref().and_then(|heads| heads.request.as_deref()) {
-                Some($head) => $use,
-                None => $none,
-            },
-            (2, Phase::Log, true) => match $host.heads.as_deref().and_then(|heads| heads.response.as_deref()) {
-                Some($head) => $use,
-                None => $none,
-            },
-            _ => $none,
-        }
+    ($host:expr, $map:expr, $head:ident => $use:expr) => {
+        map_of($map).zip($host.view.as_ref()).and_then(|((flow, which), view)| {
+            view.read(flow, which, |head| match head {
+                HeadRef::Request($head) => $use,
+                HeadRef::Response($head) => $use,
+                HeadRef::Trailers($head) => $use,
+            })
+        })
     };
 }
 
-/// The same for writing: only in the head's own callback.
+/// The same for writing.
 macro_rules! with_map_mut {
-    ($host:expr, $map:expr, ($head:ident, $lacking:ident) => $use:expr) => {{
-        let host = $host;
-        let result = match ($map, host.phase, host.on_stream()) {
-            (0, Phase::Request, true) => {
-                let ($head, $lacking) = (&mut host.request, &mut host.effects.lacking);
-                $use
-            }
-            (2, Phase::Response, true) => {
-                let ($head, $lacking) = (&mut host.response, &mut host.effects.lacking);
-                $use
-            }
-            _ => Err(Status::BadArgument),
-        };
-        host.effects.modified |= result.is_ok();
-        result
-    }};
+    ($host:expr, $map:expr, ($head:ident, $lacking:ident) => $use:expr) => {
+        map_of($map)
+            .zip($host.view.as_ref())
+            .and_then(|((flow, which), view)| {
+                view.write(flow, which, |head| match head {
+                    HeadMut::Request($head, $lacking) => $use,
+                    HeadMut::Response($head, $lacking) => $use,
+                    HeadMut::Trailers($head, $lacking) => $use,
+                })
+            })
+            .unwrap_or(Err(Status::BadArgument))
+    };
 }
 
 fn map_size(caller: Guest<'_, '_>, map: u32, out: u32) -> Call {
     let host = caller.data();
-    let size = with_map!(host, map, head => headers::size(head), return Err(Status::BadArgument.into()));
+    let size = with_map!(host, map, head => headers::size(head)).ok_or(Status::BadArgument)?;
     write_u32(caller, out, u32::try_from(size).map_err(|_| Status::InternalFailure)?)
 }
 
@@ -221,16 +262,16 @@ fn map_pairs(caller: Guest<'_, '_>, map: u32, ptr: u32, len: u32) -> Call {
         return Err(Status::BadArgument.into());
     }
     let host = caller.data();
-    let bytes = with_map!(host, map, head => serialize_pairs(&headers::pairs(head)), Vec::new());
+    let bytes = with_map!(host, map, head => serialize_pairs(&headers::pairs(head))).unwrap_or_default();
     give(caller, &bytes, ptr, len)
 }
 
 fn map_value(caller: Guest<'_, '_>, map: u32, kp: u32, kn: u32, ptr: u32, len: u32) -> Call {
     let (memory, host) = split(caller)?;
     let key = slice(memory, kp, kn)?;
-    let value = with_map!(host, map, head => headers::get(head, key), return Err(Status::BadArgument.into()));
+    let value = with_map!(host, map, head => headers::get(head, key).map(<[u8]>::to_vec)).ok_or(Status::BadArgument)?;
     let value = match value {
-        Some(value) => value.to_vec(),
+        Some(value) => value,
         // ABI 0.1.0 knew no missing values.
         None if host.spec.abi == Abi::V0_1_0 => Vec::new(),
         None => return Err(Status::NotFound.into()),
@@ -275,11 +316,9 @@ fn get_property(caller: Guest<'_, '_>, p: u32, n: u32, ptr: u32, len: u32) -> Ca
 fn set_property(caller: Guest<'_, '_>, p: u32, n: u32, vp: u32, vn: u32) -> Call {
     let (memory, host) = split(caller)?;
     let (name, value) = (slice(memory, p, n)?, slice(memory, vp, vn)?);
-    if !host.on_stream() {
-        return Err(Status::NotFound.into());
-    }
+    let view = host.view.as_ref().ok_or(Status::NotFound)?;
     let name = name.strip_suffix(&[0]).unwrap_or(name);
-    if name.is_empty() || !host.state.set(name, value) {
+    if name.is_empty() || !view.set_property(name, value) {
         return Err(Status::BadArgument.into());
     }
     Ok(())
@@ -303,7 +342,8 @@ fn local_response(
     let status = StatusCode::from_u16(status).map_err(|_| Status::BadArgument)?;
     let body = slice(memory, bp, bn)?;
     let pairs = deserialize_pairs(slice(memory, hp, hn)?).ok_or(Status::BadArgument)?;
-    if body.len() > LOCAL_BODY || !host.on_stream() || !matches!(host.phase, Phase::Request | Phase::Response) {
+    let view = host.view.as_ref().ok_or(Status::BadArgument)?;
+    if body.len() > LOCAL_BODY {
         return Err(Status::BadArgument.into());
     }
     let mut fields = HeaderMap::with_capacity(pairs.len() + 2);
@@ -314,10 +354,10 @@ fn local_response(
             fields.try_append(name, value).map_err(|_| Status::BadArgument)?;
         }
     }
-    if host.effects.reply.is_none() {
-        let body = bytes::Bytes::copy_from_slice(body);
-        host.effects.reply =
-            Some(LocalResponse { status, headers: fields, body, grpc_status: u32::try_from(grpc).ok() });
+    let body = bytes::Bytes::copy_from_slice(body);
+    let response = LocalResponse { status, headers: fields, body, grpc_status: u32::try_from(grpc).ok() };
+    if !view.respond(response) {
+        return Err(Status::BadArgument.into());
     }
     if !details.is_empty() {
         host.log(1, &details);
@@ -326,13 +366,7 @@ fn local_response(
 }
 
 fn set_effective_context(caller: Guest<'_, '_>, id: u32) -> Call {
-    let host = caller.data_mut();
-    let id = if id == 0 { host.current } else { id };
-    if !host.contexts.contains(&id) {
-        return Err(Status::BadArgument.into());
-    }
-    host.effective = id;
-    Ok(())
+    caller.data_mut().select(id).then_some(()).ok_or(Fault::Status(Status::BadArgument))
 }
 
 /// Nothing defers the end of a context yet, so nothing is ever pending.
@@ -341,11 +375,12 @@ fn done(_: Guest<'_, '_>) -> Call {
 }
 
 fn continue_stream(caller: Guest<'_, '_>, kind: u32) -> Call {
-    let host = caller.data_mut();
-    match (kind, host.phase) {
-        (0, Phase::Request) | (1, Phase::Response) => host.effects.resumed |= host.on_stream(),
-        (0..=2, _) => {}
-        (3, _) => return Err(Status::Unimplemented.into()),
+    let view = caller.data().view.as_ref();
+    match (kind, view, view.is_some_and(View::is_tcp)) {
+        (0, Some(view), false) | (2, Some(view), true) => view.resume(Flow::Request),
+        (1, Some(view), false) | (3, Some(view), true) => view.resume(Flow::Response),
+        (3, _, false) => return Err(Status::Unimplemented.into()),
+        (0..=3, _, _) => {}
         _ => return Err(Status::BadArgument.into()),
     }
     Ok(())
@@ -368,12 +403,8 @@ fn close_stream(caller: Guest<'_, '_>, kind: u32) -> Call {
     if kind > 3 {
         return Err(Status::BadArgument.into());
     }
-    let host = caller.data_mut();
-    host.effects.reset |= host.on_stream() && matches!(host.phase, Phase::Request | Phase::Response);
+    if let Some(view) = &caller.data().view {
+        view.close();
+    }
     Ok(())
-}
-
-/// The first pseudo header that the guest took away.
-pub(super) fn lacking<H: Head>(host: &Host) -> Option<&'static str> {
-    host.effects.lacking.first::<H>()
 }

@@ -3,6 +3,7 @@
 use http::uri::{Authority, PathAndQuery, Scheme, Uri};
 use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Version, header, request, response};
 
+use super::super::{HeadRef, Lacking};
 use super::abi::{Pair, Status};
 
 type Reply<T = ()> = Result<T, Status>;
@@ -13,22 +14,6 @@ const BLOCK: usize = 64 * 1024;
 /// Framing and hop-by-hop headers: the proxy's own. Guests read them, and may remove `content-length`.
 const FRAMING: [HeaderName; 5] =
     [header::CONTENT_LENGTH, header::TRANSFER_ENCODING, header::CONNECTION, header::UPGRADE, header::TE];
-
-/// Pseudo headers that a guest removed and that the message cannot do without; a bit each.
-#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Lacking(u8);
-
-impl Lacking {
-    fn set(&mut self, index: usize, lacking: bool) {
-        let bit = 1 << index;
-        self.0 = if lacking { self.0 | bit } else { self.0 & !bit };
-    }
-
-    /// The first one, of a head of type `H`.
-    pub(super) fn first<H: Head>(self) -> Option<&'static str> {
-        H::PSEUDO.iter().enumerate().find(|(index, _)| self.0 >> index & 1 == 1).map(|(_, name)| *name)
-    }
-}
 
 /// A message head with its pseudo headers.
 pub(super) trait Head {
@@ -145,6 +130,27 @@ impl Head for response::Parts {
     }
 }
 
+/// Trailers, and other maps without pseudo headers.
+impl Head for HeaderMap {
+    const PSEUDO: &'static [&'static str] = &[];
+
+    fn pseudo(&self, _: &str) -> Option<&[u8]> {
+        None
+    }
+
+    fn set_pseudo(&mut self, _: &str, _: &[u8]) -> Reply {
+        Err(Status::BadArgument)
+    }
+
+    fn fields(&self) -> &HeaderMap {
+        self
+    }
+
+    fn fields_mut(&mut self) -> &mut HeaderMap {
+        self
+    }
+}
+
 /// Every pair, pseudo headers first.
 pub(super) fn pairs<H: Head>(head: &H) -> Vec<Pair<'_>> {
     let pseudo = H::PSEUDO.iter().filter_map(|name| Some((name.as_bytes(), head.pseudo(name)?)));
@@ -156,6 +162,15 @@ pub(super) fn pairs<H: Head>(head: &H) -> Vec<Pair<'_>> {
 pub(super) fn count<H: Head>(head: &H) -> usize {
     let hidden = H::PSEUDO.contains(&":authority").then(|| head.fields().get_all(header::HOST).iter().count());
     H::PSEUDO.iter().filter(|name| head.pseudo(name).is_some()).count() + head.fields().len() - hidden.unwrap_or(0)
+}
+
+/// How many pairs a head has.
+pub(super) fn count_of(head: HeadRef<'_>) -> usize {
+    match head {
+        HeadRef::Request(head) => count(head),
+        HeadRef::Response(head) => count(head),
+        HeadRef::Trailers(head) => count(head),
+    }
 }
 
 /// Bytes of names and values.
@@ -370,13 +385,13 @@ mod tests {
             &[(b":method", b"PUT"), (b":path", b"/"), (b"host", b"h"), (b"A", b"1"), (b"a", b"2")],
         )
         .unwrap();
-        assert_eq!(lacking.first::<request::Parts>(), None);
+        assert_eq!(lacking.first(request::Parts::PSEUDO), None);
         assert_eq!(head.headers.get_all("a").iter().collect::<Vec<_>>(), ["1", "2"]);
         assert!(!head.headers.contains_key("content-length"));
         let before = head.headers.clone();
         assert!(replace_all(&mut head, &mut lacking, &[(b":method", b"GET"), (b":path", b"nope")]).is_err());
         assert_eq!((head.headers.clone(), head.method.clone()), (before, Method::PUT));
         replace_all(&mut head, &mut lacking, &[]).unwrap();
-        assert_eq!(lacking.first::<request::Parts>(), Some(":method"));
+        assert_eq!(lacking.first(request::Parts::PSEUDO), Some(":method"));
     }
 }

@@ -1,19 +1,17 @@
 //! What the host keeps for one instance: the data of its store.
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
-use std::rc::Rc;
+use std::rc::Weak;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use http::{request, response};
 use outrigger_proto::mesh;
 use wasmtime::{Caller, Memory, ResourceLimiter, TypedFunc};
 
-use super::super::{FilterState, Heads, LocalResponse, StreamInfo};
+use super::super::{Stream, View};
 use super::abi::{Abi, Status};
-use super::headers::Lacking;
 use super::ticker::Budget;
 
 /// What a plugin's instances have in common.
@@ -27,6 +25,8 @@ pub(in super::super) struct Spec {
     pub(in super::super) vm_configuration: Vec<u8>,
     pub(in super::super) environment: Vec<(String, String)>,
     pub(in super::super) fail_open: bool,
+    /// Bytes of a body that are held while it pauses
+    pub(in super::super) body: usize,
     /// Bytes of linear memory
     pub(in super::super) memory: usize,
     /// CPU time of a callback
@@ -37,22 +37,31 @@ pub(in super::super) struct Spec {
 /// Limits where a specification has 0: bytes, milliseconds.
 const MEMORY: u64 = 64 * 1024 * 1024;
 const CALL_TIME: u64 = 5;
+const BODY: u64 = 64 * 1024;
 
 impl Spec {
     pub(super) fn of(source: &mesh::Filter, abi: Abi) -> Self {
         let or = |value: u64, default: u64| if value == 0 { default } else { value };
+        let mut environment: Vec<_> = source.environment.clone().into_iter().collect();
+        environment.sort();
         Self {
             name: format!("{}/{}", source.namespace, source.name),
             root_id: source.root_id.clone(),
             vm_id: source.vm_id.clone(),
             configuration: source.configuration.to_vec(),
             vm_configuration: source.vm_configuration.to_vec(),
-            environment: source.environment.clone().into_iter().collect(),
+            environment,
             fail_open: source.fail_open,
+            body: usize::try_from(or(source.body, BODY)).unwrap_or(usize::MAX),
             memory: usize::try_from(or(source.memory, MEMORY)).unwrap_or(usize::MAX),
             call_time: Duration::from_millis(or(source.call_time_ms, CALL_TIME)),
             abi,
         }
+    }
+
+    /// What has to be equal in plugins that share an instance.
+    pub(super) fn vm_key(&self, sha256: &str) -> String {
+        format!("{}\0{sha256}\0{:?}\0{:?}\0{}", self.vm_id, self.vm_configuration, self.environment, self.memory)
     }
 }
 
@@ -83,10 +92,8 @@ pub(super) enum Phase {
     VmStart,
     /// `on_configure`
     Configure,
-    /// `on_request_headers`, and `on_context_create` before it
-    Request,
-    /// `on_response_headers`
-    Response,
+    /// Callbacks of a stream context, but its end
+    Stream,
     /// `on_log`: heads are read-only copies
     Log,
     /// `on_done`, `on_delete`
@@ -120,7 +127,7 @@ pub(super) struct Limiter {
     limit: usize,
     /// An instantiation or a growth was refused
     pub(super) refused: bool,
-    counters: Arc<Counters>,
+    pub(super) counters: Arc<Counters>,
 }
 
 const TABLE_ELEMENTS: usize = 100_000;
@@ -152,20 +159,36 @@ impl ResourceLimiter for Limiter {
     }
 }
 
-/// What the current callback did to its stream.
-#[derive(Debug, Default)]
-pub(super) struct Effects {
-    pub(super) reply: Option<LocalResponse>,
-    pub(super) reset: bool,
-    pub(super) resumed: bool,
-    pub(super) modified: bool,
-    pub(super) lacking: Lacking,
+/// A root context: a plugin in this VM.
+#[derive(Debug)]
+pub(super) struct Root {
+    pub(super) id: u32,
+    pub(super) spec: Arc<Spec>,
+    pub(super) counters: Arc<Counters>,
+    /// It called `proxy_done`
+    pub(super) done: bool,
+}
+
+/// A live context.
+#[derive(Debug)]
+pub(super) struct Context {
+    /// Its root: index into [`Host::roots`]
+    pub(super) root: usize,
+    /// The exchange that it is in, and which filter of it; `None`: a root context
+    pub(super) stream: Option<(Weak<Stream>, usize)>,
+}
+
+impl Context {
+    fn view(&self) -> Option<View> {
+        let (stream, index) = self.stream.as_ref()?;
+        Some(View { stream: stream.upgrade()?, index: *index })
+    }
 }
 
 /// The data of a store.
 pub(super) struct Host {
+    /// What all plugins in this VM have in common: those fields of the first one's
     pub(super) spec: Arc<Spec>,
-    pub(super) counters: Arc<Counters>,
     pub(super) memory: Option<Memory>,
     pub(super) allocator: Option<TypedFunc<u32, u32>>,
     pub(super) limiter: Limiter,
@@ -174,73 +197,91 @@ pub(super) struct Host {
     pub(super) phase: Phase,
     /// The guest's allocator runs inside a host call
     pub(super) allocating: bool,
-    pub(super) root: u32,
-    /// Live contexts, the root among them
-    pub(super) contexts: HashSet<u32, BuildHasherDefault<IdHasher>>,
+    /// Plugins in this VM
+    pub(super) roots: Vec<Root>,
+    /// The one that the effective context belongs to: index into `roots`
+    pub(super) root: usize,
+    /// Live contexts, the roots among them
+    pub(super) contexts: HashMap<u32, Context, BuildHasherDefault<IdHasher>>,
     /// The context of the callback
     pub(super) current: u32,
     /// What `set_effective_context` chose
     pub(super) effective: u32,
-    pub(super) request: request::Parts,
-    pub(super) response: response::Parts,
-    pub(super) info: Option<Rc<StreamInfo>>,
-    pub(super) heads: Option<Rc<Heads>>,
-    pub(super) state: FilterState,
-    pub(super) effects: Effects,
+    /// The stream of the effective context
+    pub(super) view: Option<View>,
+    /// The stream of the callback's own context
+    pub(super) own: Option<View>,
     pub(super) log: LogLimit,
 }
 
 impl Host {
     pub(super) fn new(spec: Arc<Spec>, counters: Arc<Counters>) -> Self {
         Self {
-            limiter: Limiter { limit: spec.memory, refused: false, counters: Arc::clone(&counters) },
+            limiter: Limiter { limit: spec.memory, refused: false, counters },
             spec,
-            counters,
             memory: None,
             allocator: None,
             budget: Budget::default(),
             timed_out: false,
             phase: Phase::Start,
             allocating: false,
-            root: 1,
-            contexts: HashSet::default(),
-            current: 1,
-            effective: 1,
-            request: empty_request(),
-            response: empty_response(),
-            info: None,
-            heads: None,
-            state: FilterState::default(),
-            effects: Effects::default(),
+            roots: Vec::new(),
+            root: 0,
+            contexts: HashMap::default(),
+            current: 0,
+            effective: 0,
+            view: None,
+            own: None,
             log: LogLimit::default(),
         }
     }
 
-    /// Begins a callback of a context.
-    pub(super) fn begin(&mut self, context: u32, phase: Phase) {
+    /// The plugin that the current callback belongs to.
+    pub(super) fn plugin(&self) -> &Arc<Spec> {
+        self.roots.get(self.root).map_or(&self.spec, |root| &root.spec)
+    }
+
+    /// Begins a callback of a context of the plugin `root`, in a stream or not.
+    pub(super) fn begin(&mut self, context: u32, root: usize, phase: Phase, view: Option<View>) {
+        self.root = root;
         self.current = context;
         self.effective = context;
         self.phase = phase;
+        self.view.clone_from(&view);
+        self.own = view;
         self.allocating = false;
         self.timed_out = false;
-        self.budget.arm(self.spec.call_time);
-        Counters::bump(&self.counters.calls, 1);
+        self.budget.arm(self.plugin().call_time);
+        if let Some(root) = self.roots.get(root) {
+            Counters::bump(&root.counters.calls, 1);
+        }
     }
 
-    /// True: the guest acts on the stream that this callback is about.
-    pub(super) fn on_stream(&self) -> bool {
-        self.effective == self.current && self.current != self.root
+    /// The callback has returned.
+    pub(super) fn end(&mut self) {
+        self.view = None;
+        self.own = None;
     }
-}
 
-/// A head with nothing in it, to leave behind while a guest has the real one.
-pub(super) fn empty_request() -> request::Parts {
-    http::Request::new(()).into_parts().0
-}
-
-/// See [`empty_request`].
-pub(super) fn empty_response() -> response::Parts {
-    http::Response::new(()).into_parts().0
+    /// Chooses the context that the following host calls are about; 0 is the callback's own. False: there is none of this number, or
+    /// its stream is gone.
+    pub(super) fn select(&mut self, context: u32) -> bool {
+        if context == 0 || context == self.current {
+            self.effective = self.current;
+            self.root = self.contexts.get(&self.current).map_or(self.root, |own| own.root);
+            self.view.clone_from(&self.own);
+            return true;
+        }
+        let Some(chosen) = self.contexts.get(&context) else { return false };
+        let view = chosen.view();
+        if chosen.stream.is_some() && view.is_none() {
+            return false;
+        }
+        self.effective = context;
+        self.root = chosen.root;
+        self.view = view;
+        true
+    }
 }
 
 /// Lines per second that one instance may log.
@@ -277,7 +318,7 @@ impl Host {
         if line.len() > LOG_BYTES {
             text.push_str(" [truncated]");
         }
-        let filter = self.spec.name.as_str();
+        let filter = self.plugin().name.as_str();
         match level {
             0 => tracing::trace!(target: "filter", filter, "{text}"),
             1 => tracing::debug!(target: "filter", filter, "{text}"),

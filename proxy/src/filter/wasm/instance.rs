@@ -1,18 +1,17 @@
-//! One instance of a filter on one worker: start-up, callbacks within limits, and its end.
+//! One instance of a module on one worker (a "VM"): start-up, its plugins (root contexts), callbacks within limits, and its end.
 
 use std::cell::{Cell, RefCell};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::rc::Rc;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use http::{request, response};
 use wasmtime::{Instance as WasmInstance, InstancePre, Store, Trap, TypedFunc, UpdateDeadline};
 
-use super::super::{Action, Stream};
-use super::calls::lacking;
-use super::headers;
-use super::host::{Counters, Effects, Host, Phase, Spec, empty_request, empty_response};
+use super::super::{Event, Flow, View};
+use super::callbacks::Callbacks;
+use super::host::{Context, Counters, Host, Phase, Root, Spec};
 use super::ticker::{InCall, Ticker};
 
 /// Start-up may take this many times a callback's time.
@@ -20,43 +19,16 @@ const START_FACTOR: u32 = 20;
 const START_LEAST: Duration = Duration::from_millis(200);
 
 /// Why a guest's call ended early.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(in super::super) struct Failure {
     pub(in super::super) message: String,
     pub(in super::super) timeout: bool,
 }
 
-type Words1 = TypedFunc<u32, ()>;
-
-enum OnHeaders {
-    Old(TypedFunc<(u32, u32), u32>),
-    New(TypedFunc<(u32, u32, u32), u32>),
-}
-
-impl OnHeaders {
-    fn call(&self, store: &mut Store<Host>, context: u32, count: u32, end: bool) -> wasmtime::Result<u32> {
-        match self {
-            Self::Old(function) => function.call(store, (context, count)),
-            Self::New(function) => function.call(store, (context, count, u32::from(end))),
-        }
-    }
-}
-
-/// The guest's callbacks, looked up once.
-struct Callbacks {
-    create: Option<TypedFunc<(u32, u32), ()>>,
-    vm_start: Option<TypedFunc<(u32, u32), u32>>,
-    configure: Option<TypedFunc<(u32, u32), u32>>,
-    request: Option<OnHeaders>,
-    response: Option<OnHeaders>,
-    done: Option<TypedFunc<u32, u32>>,
-    log: Option<Words1>,
-    delete: Option<Words1>,
-}
-
 struct Inner {
     store: Store<Host>,
-    callbacks: Callbacks,
+    callbacks: Rc<Callbacks>,
+    /// The next context's id
     next: u32,
 }
 
@@ -67,15 +39,12 @@ pub(in super::super) struct Instance {
     ticker: Arc<Ticker>,
 }
 
-/// What a header callback says, before the filter's policy.
-pub(super) enum Verdict {
-    Act(Action),
-    /// The guest failed; whether the head had been changed by it
-    Failed(Failure, bool),
+fn start_limit(spec: &Spec) -> Duration {
+    (spec.call_time * START_FACTOR).max(START_LEAST)
 }
 
 impl Instance {
-    /// Instantiates, starts and configures. An error is what a user reads; nothing is left behind.
+    /// Instantiates and starts a module. An error is what a user reads; nothing is left behind.
     pub(super) fn start(
         pre: &InstancePre<Host>,
         ticker: &Arc<Ticker>,
@@ -92,9 +61,8 @@ impl Instance {
             }
             Ok(UpdateDeadline::Continue(1))
         });
-        let limit = (spec.call_time * START_FACTOR).max(START_LEAST);
         let instance = guarded(ticker, &mut store, |store| {
-            store.data_mut().budget.arm(limit);
+            store.data_mut().budget.arm(start_limit(spec));
             let instance = pre.instantiate(&mut *store)?;
             adopt(store, &instance)?;
             run_start(store, &instance)?;
@@ -110,15 +78,14 @@ impl Instance {
             }
             Err(failure) => return Err(Failure { message: format!("start-up: {}", failure.message), ..failure }),
         };
-        let callbacks = callbacks(&mut store, &instance)
+        let callbacks = Callbacks::of(&mut store, &instance)
             .map_err(|error| Failure { message: format!("{error:#}"), timeout: false })?;
-        let mut inner = Inner { store, callbacks, next: 2 };
-        configure(ticker, &mut inner, spec, limit)?;
+        let inner = Inner { store, callbacks: Rc::new(callbacks), next: 1 };
         Ok(Self { inner: RefCell::new(inner), dead: Cell::new(false), ticker: Arc::clone(ticker) })
     }
 
     /// True: it failed.
-    pub(super) fn dead(&self) -> bool {
+    pub(in super::super) fn dead(&self) -> bool {
         self.dead.get()
     }
 
@@ -131,160 +98,211 @@ impl Instance {
         let result = f(&mut inner);
         if result.is_err() {
             self.dead.set(true);
+            // Those that wait for a resume would wait for ever.
+            for context in inner.store.data().contexts.values() {
+                if let Some(stream) = context.stream.as_ref().and_then(|(stream, _)| stream.upgrade()) {
+                    stream.notify();
+                }
+            }
         }
         result
     }
 
-    /// Makes a stream context; its id.
-    pub(super) fn create(&self, stream: &mut Stream<'_>) -> Result<u32, Failure> {
+    /// Runs a callback of a context of the plugin `root` under its limits. Whatever the guest asks for of streams is left in them and done by
+    /// their exchanges when this has returned.
+    pub(super) fn call<R>(
+        &self,
+        context: u32,
+        root: usize,
+        phase: Phase,
+        view: Option<View>,
+        f: impl FnOnce(&mut Store<Host>, &Callbacks) -> wasmtime::Result<R>,
+    ) -> Result<R, Failure> {
         self.with(|inner| {
-            let context = inner.next;
-            // Wraps after four billion streams of one instance; 0 and the root's 1 are never given out.
-            inner.next = inner.next.checked_add(1).unwrap_or(2);
             let Inner { store, callbacks, .. } = inner;
-            let host = store.data_mut();
-            Counters::bump(&host.counters.requests, 1);
-            host.contexts.insert(context);
-            lend(host, stream);
             let result = guarded(&self.ticker, store, |store| {
-                store.data_mut().begin(context, Phase::Done);
-                callbacks.create.as_ref().map_or(Ok(()), |create| create.call(store, (context, 1)))
+                store.data_mut().begin(context, root, phase, view);
+                f(store, callbacks)
             });
-            take_back(store.data_mut(), stream);
-            result.map(|()| context)
+            store.data_mut().end();
+            result
         })
     }
 
-    /// `on_request_headers`.
-    pub(super) fn request(
-        &self,
-        context: u32,
-        head: &mut request::Parts,
-        end: bool,
-        stream: &mut Stream<'_>,
-    ) -> Verdict {
-        let mut changed = false;
-        let result = self.with(|inner| {
-            let Inner { store, callbacks, .. } = inner;
-            let Some(callback) = &callbacks.request else { return Ok(Action::Continue) };
-            lend(store.data_mut(), stream);
-            store.data_mut().request = std::mem::replace(head, empty_request());
-            let count = u32::try_from(headers::count(&store.data().request)).unwrap_or(u32::MAX);
-            let result = guarded(&self.ticker, store, |store| {
-                store.data_mut().begin(context, Phase::Request);
-                callback.call(store, context, count, end)
+    /// Adds a plugin: a root context, created, started and configured. Its index.
+    pub(super) fn add_root(&self, spec: &Arc<Spec>, counters: Arc<Counters>) -> Result<usize, Failure> {
+        let (id, root) = self.with(|inner| {
+            let id = take_id(inner);
+            let host = inner.store.data_mut();
+            let root = Root { id, spec: Arc::clone(spec), counters, done: false };
+            let index = match host.roots.iter().position(|root| root.id == 0) {
+                Some(free) => {
+                    if let Some(place) = host.roots.get_mut(free) {
+                        *place = root;
+                    }
+                    free
+                }
+                None => {
+                    host.roots.push(root);
+                    host.roots.len() - 1
+                }
+            };
+            host.contexts.insert(id, Context { root: index, stream: None });
+            Ok((id, index))
+        })?;
+        let size = |bytes: &[u8]| u32::try_from(bytes.len()).unwrap_or(u32::MAX);
+        type Step<'a> = &'a dyn Fn(&mut Store<Host>, &Callbacks) -> wasmtime::Result<bool>;
+        let step = |name: &str, phase, f: Step<'_>| {
+            let accepted = self.call(id, root, phase, None, |store, callbacks| {
+                store.data_mut().budget.arm(start_limit(spec));
+                f(store, callbacks)
             });
-            let host = store.data_mut();
-            *head = std::mem::replace(&mut host.request, empty_request());
-            let lacking = lacking::<request::Parts>(host);
-            let effects = take_back(host, stream);
-            changed = effects.modified;
-            result.map(|returned| decide(effects, returned, lacking, &host.spec.name))
-        });
-        result.map_or_else(|failure| Verdict::Failed(failure, changed), Verdict::Act)
+            match accepted {
+                Ok(true) => Ok(()),
+                Ok(false) => Err(Failure {
+                    message: format!("{name} returned false: it refuses its configuration"),
+                    timeout: false,
+                }),
+                Err(failure) => Err(Failure { message: format!("{name}: {}", failure.message), ..failure }),
+            }
+        };
+        let accepts = |callback: &Option<TypedFunc<(u32, u32), u32>>, store: &mut Store<Host>, bytes: &[u8]| {
+            callback.as_ref().map_or(Ok(true), |callback| Ok(callback.call(store, (id, size(bytes)))? != 0))
+        };
+        step("proxy_on_context_create", Phase::Root, &|store, callbacks| {
+            callbacks.create.as_ref().map_or(Ok(()), |create| create.call(store, (id, 0))).map(|()| true)
+        })?;
+        step("proxy_on_vm_start", Phase::VmStart, &|store, callbacks| {
+            accepts(&callbacks.vm_start, store, &spec.vm_configuration)
+        })?;
+        step("proxy_on_configure", Phase::Configure, &|store, callbacks| {
+            accepts(&callbacks.configure, store, &spec.configuration)
+        })?;
+        Ok(root)
     }
 
-    /// `on_response_headers`.
-    pub(super) fn response(
-        &self,
-        context: u32,
-        head: &mut response::Parts,
-        end: bool,
-        stream: &mut Stream<'_>,
-    ) -> Verdict {
-        let mut changed = false;
-        let result = self.with(|inner| {
-            let Inner { store, callbacks, .. } = inner;
-            let Some(callback) = &callbacks.response else { return Ok(Action::Continue) };
-            lend(store.data_mut(), stream);
-            store.data_mut().response = std::mem::replace(head, empty_response());
-            let count = u32::try_from(headers::count(&store.data().response)).unwrap_or(u32::MAX);
-            let result = guarded(&self.ticker, store, |store| {
-                store.data_mut().begin(context, Phase::Response);
-                callback.call(store, context, count, end)
-            });
-            let host = store.data_mut();
-            *head = std::mem::replace(&mut host.response, empty_response());
-            let lacking = lacking::<response::Parts>(host);
-            let effects = take_back(host, stream);
-            changed = effects.modified;
-            result.map(|returned| decide(effects, returned, lacking, &host.spec.name))
+    /// `on_done` of a plugin. False: it wants to go on until it calls `proxy_done`.
+    pub(super) fn finish_root(&self, root: usize) -> Result<bool, Failure> {
+        let Some(id) = self.root_id(root) else { return Ok(true) };
+        let done = self.call(id, root, Phase::Done, None, |store, callbacks| match &callbacks.done {
+            Some(done) => done.call(store, id).map(|done| done != 0),
+            None => Ok(true),
+        })?;
+        Ok(done || self.root_done(root))
+    }
+
+    /// The plugin called `proxy_done`.
+    pub(super) fn root_done(&self, root: usize) -> bool {
+        let Ok(inner) = self.inner.try_borrow() else { return false };
+        inner.store.data().roots.get(root).is_none_or(|root| root.done)
+    }
+
+    /// `on_delete` of a plugin.
+    pub(super) fn delete_root(&self, root: usize) -> Result<(), Failure> {
+        let Some(id) = self.root_id(root) else { return Ok(()) };
+        let result = self.call(id, root, Phase::Done, None, |store, callbacks| {
+            callbacks.delete.as_ref().map_or(Ok(()), |delete| delete.call(store, id))
         });
-        result.map_or_else(|failure| Verdict::Failed(failure, changed), Verdict::Act)
+        if let Ok(mut inner) = self.inner.try_borrow_mut() {
+            let host = inner.store.data_mut();
+            host.contexts.remove(&id);
+            if let Some(root) = host.roots.get_mut(root) {
+                root.id = 0;
+            }
+        }
+        result
+    }
+
+    fn root_id(&self, root: usize) -> Option<u32> {
+        let inner = self.inner.try_borrow().ok()?;
+        inner.store.data().roots.get(root).map(|root| root.id).filter(|id| *id != 0)
+    }
+
+    /// Makes a stream context; its id.
+    pub(super) fn create(&self, root: usize, view: &View) -> Result<u32, Failure> {
+        let (context, parent) = self.with(|inner| {
+            let context = take_id(inner);
+            let host = inner.store.data_mut();
+            host.contexts.insert(context, Context { root, stream: Some((Rc::downgrade(&view.stream), view.index)) });
+            let root = host.roots.get(root);
+            if let Some(root) = root {
+                Counters::bump(&root.counters.requests, 1);
+            }
+            Ok((context, root.map_or(0, |root| root.id)))
+        })?;
+        self.call(context, root, Phase::Stream, Some(view.clone()), |store, callbacks| {
+            callbacks.create.as_ref().map_or(Ok(()), |create| create.call(store, (context, parent)))
+        })?;
+        Ok(context)
+    }
+
+    /// Something comes to a stream context. True: it pauses.
+    pub(super) fn on(
+        &self,
+        (context, root): (u32, usize),
+        flow: Flow,
+        event: Event,
+        view: &View,
+    ) -> Result<bool, Failure> {
+        let paused = self.call(context, root, Phase::Stream, Some(view.clone()), |store, callbacks| {
+            callbacks.call(store, context, flow, event, view)
+        })?;
+        Ok(paused != 0)
+    }
+
+    /// True: the guest has a callback for this.
+    pub(super) fn has(&self, flow: Flow, event: Event, tcp: bool) -> bool {
+        self.inner.try_borrow().is_ok_and(|inner| inner.callbacks.has(flow, event, tcp))
     }
 
     /// `on_log`.
-    pub(super) fn log(&self, context: u32, stream: &mut Stream<'_>) -> Result<(), Failure> {
-        self.with(|inner| {
-            let Inner { store, callbacks, .. } = inner;
-            let Some(log) = &callbacks.log else { return Ok(()) };
-            lend(store.data_mut(), stream);
-            let result = guarded(&self.ticker, store, |store| {
-                store.data_mut().begin(context, Phase::Log);
-                log.call(store, context)
-            });
-            take_back(store.data_mut(), stream);
-            result
+    pub(super) fn log(&self, (context, root): (u32, usize), view: &View) -> Result<(), Failure> {
+        if self.inner.try_borrow().is_ok_and(|inner| inner.callbacks.log.is_none()) {
+            return Ok(());
+        }
+        self.call(context, root, Phase::Log, Some(view.clone()), |store, callbacks| {
+            callbacks.log.as_ref().map_or(Ok(()), |log| log.call(store, context))
         })
     }
 
-    /// `on_done`, `on_delete`.
-    pub(super) fn delete(&self, context: u32) -> Result<(), Failure> {
-        self.with(|inner| {
-            let Inner { store, callbacks, .. } = inner;
-            let result = guarded(&self.ticker, store, |store| {
-                if let Some(done) = &callbacks.done {
-                    store.data_mut().begin(context, Phase::Done);
-                    done.call(&mut *store, context)?;
-                }
-                if let Some(delete) = &callbacks.delete {
-                    store.data_mut().begin(context, Phase::Done);
-                    delete.call(&mut *store, context)?;
-                }
-                Ok(())
-            });
-            store.data_mut().contexts.remove(&context);
-            result
-        })
+    /// `on_done` and `on_delete` of a stream context; of TCP with `on_log` between them.
+    pub(super) fn end(&self, (context, root): (u32, usize), view: &View) -> Result<(), Failure> {
+        let result = self.call(context, root, Phase::Done, Some(view.clone()), |store, callbacks| {
+            if let Some(done) = &callbacks.done {
+                // A stream ends whatever the guest says.
+                done.call(&mut *store, context)?;
+            }
+            if let Some(log) = callbacks.log.as_ref().filter(|_| view.is_tcp()) {
+                store.data_mut().begin(context, root, Phase::Log, Some(view.clone()));
+                log.call(&mut *store, context)?;
+            }
+            if let Some(delete) = &callbacks.delete {
+                store.data_mut().begin(context, root, Phase::Done, Some(view.clone()));
+                delete.call(&mut *store, context)?;
+            }
+            Ok(())
+        });
+        if let Ok(mut inner) = self.inner.try_borrow_mut() {
+            inner.store.data_mut().contexts.remove(&context);
+        }
+        result
+    }
+}
+
+/// Unique in the instance, never 0; wraps after four billion contexts of one instance.
+fn take_id(inner: &mut Inner) -> u32 {
+    loop {
+        let id = inner.next;
+        inner.next = inner.next.checked_add(1).unwrap_or(1);
+        if !inner.store.data().contexts.contains_key(&id) {
+            return id;
+        }
     }
 }
 
 impl Drop for Instance {
     fn drop(&mut self) {
-        if !self.dead() {
-            // The root context ends with the instance; what it says about that changes nothing.
-            let _ = self.delete(1);
-        }
-        self.inner.get_mut().store.data().counters.memory.store(0, std::sync::atomic::Ordering::Relaxed);
-    }
-}
-
-/// Gives the host what the callback may read and write beside the head.
-fn lend(host: &mut Host, stream: &mut Stream<'_>) {
-    host.info = Some(Rc::clone(stream.info));
-    host.heads = Some(Rc::clone(stream.heads));
-    host.state = std::mem::take(stream.state);
-    host.effects = Effects::default();
-}
-
-fn take_back(host: &mut Host, stream: &mut Stream<'_>) -> Effects {
-    host.info = None;
-    host.heads = None;
-    *stream.state = std::mem::take(&mut host.state);
-    std::mem::take(&mut host.effects)
-}
-
-/// A local response wins over everything, then a reset; a pause that nothing can end is a failure.
-fn decide(effects: Effects, returned: u32, lacking: Option<&'static str>, filter: &str) -> Action {
-    let failed = |reason: String| Action::Failed { filter: filter.to_owned(), reason };
-    match effects {
-        Effects { reply: Some(reply), .. } => Action::Respond(reply),
-        Effects { reset: true, .. } => Action::Reset,
-        _ if lacking.is_some() => failed(format!("it removed {}", lacking.unwrap_or_default())),
-        Effects { resumed: false, .. } if returned != 0 => {
-            failed("it paused the exchange with nothing pending that could resume it".into())
-        }
-        _ => Action::Continue,
+        self.inner.get_mut().store.data().limiter.counters.memory.store(0, Ordering::Relaxed);
     }
 }
 
@@ -344,65 +362,4 @@ fn run_start(store: &mut Store<Host>, instance: &WasmInstance) -> wasmtime::Resu
         start.call(&mut *store, ())?;
     }
     Ok(())
-}
-
-fn callbacks(store: &mut Store<Host>, instance: &WasmInstance) -> wasmtime::Result<Callbacks> {
-    fn find<P: wasmtime::WasmParams, R: wasmtime::WasmResults>(
-        store: &mut Store<Host>,
-        instance: &WasmInstance,
-        name: &str,
-    ) -> wasmtime::Result<Option<TypedFunc<P, R>>> {
-        if instance.get_func(&mut *store, name).is_none() {
-            return Ok(None);
-        }
-        instance.get_typed_func(store, name).map(Some)
-    }
-    let headers = |store: &mut Store<Host>, name: &str| -> wasmtime::Result<Option<OnHeaders>> {
-        if let Ok(new) = find(&mut *store, instance, name) {
-            return Ok(new.map(OnHeaders::New));
-        }
-        Ok(find(store, instance, name)?.map(OnHeaders::Old))
-    };
-    Ok(Callbacks {
-        request: headers(store, "proxy_on_request_headers")?,
-        response: headers(store, "proxy_on_response_headers")?,
-        create: find(store, instance, "proxy_on_context_create")?,
-        vm_start: find(store, instance, "proxy_on_vm_start")?,
-        configure: find(store, instance, "proxy_on_configure")?,
-        done: find(store, instance, "proxy_on_done")?,
-        log: find(store, instance, "proxy_on_log")?,
-        delete: find(store, instance, "proxy_on_delete")?,
-    })
-}
-
-/// The root context: created, started, configured.
-fn configure(ticker: &Arc<Ticker>, inner: &mut Inner, spec: &Arc<Spec>, limit: Duration) -> Result<(), Failure> {
-    let Inner { store, callbacks, .. } = inner;
-    store.data_mut().contexts.insert(1);
-    let size = |bytes: &[u8]| u32::try_from(bytes.len()).unwrap_or(u32::MAX);
-    let mut step = |name: &str, phase, f: &mut dyn FnMut(&mut Store<Host>) -> wasmtime::Result<bool>| {
-        let accepted = guarded(ticker, store, |store| {
-            store.data_mut().begin(1, phase);
-            store.data_mut().budget.arm(limit);
-            f(store)
-        });
-        match accepted {
-            Ok(true) => Ok(()),
-            Ok(false) => {
-                Err(Failure { message: format!("{name} returned false: it refuses its configuration"), timeout: false })
-            }
-            Err(failure) => Err(Failure { message: format!("{name}: {}", failure.message), ..failure }),
-        }
-    };
-    step("proxy_on_context_create", Phase::Root, &mut |store| {
-        callbacks.create.as_ref().map_or(Ok(()), |create| create.call(store, (1, 0))).map(|()| true)
-    })?;
-    step("proxy_on_vm_start", Phase::VmStart, &mut |store| {
-        let call = |start: &TypedFunc<_, _>| start.call(store, (1, size(&spec.vm_configuration)));
-        callbacks.vm_start.as_ref().map_or(Ok(1), call).map(|accepted: u32| accepted != 0)
-    })?;
-    step("proxy_on_configure", Phase::Configure, &mut |store| {
-        let call = |configure: &TypedFunc<_, _>| configure.call(store, (1, size(&spec.configuration)));
-        callbacks.configure.as_ref().map_or(Ok(1), call).map(|accepted: u32| accepted != 0)
-    })
 }

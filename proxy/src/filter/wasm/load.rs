@@ -40,7 +40,7 @@ impl Linkers {
 }
 
 /// Callbacks that are called, and their parameters and results.
-const CALLBACKS: [(&str, usize, usize); 13] = [
+const CALLBACKS: [(&str, usize, usize); 22] = [
     ("malloc", 1, 1),
     ("proxy_on_memory_allocate", 1, 1),
     ("_initialize", 0, 0),
@@ -50,6 +50,15 @@ const CALLBACKS: [(&str, usize, usize); 13] = [
     ("proxy_on_configure", 2, 1),
     ("proxy_on_request_headers", 3, 1),
     ("proxy_on_response_headers", 3, 1),
+    ("proxy_on_request_body", 3, 1),
+    ("proxy_on_response_body", 3, 1),
+    ("proxy_on_request_trailers", 2, 1),
+    ("proxy_on_response_trailers", 2, 1),
+    ("proxy_on_new_connection", 1, 1),
+    ("proxy_on_downstream_data", 3, 1),
+    ("proxy_on_upstream_data", 3, 1),
+    ("proxy_on_downstream_connection_close", 2, 0),
+    ("proxy_on_upstream_connection_close", 2, 0),
     ("proxy_on_done", 1, 1),
     ("proxy_on_log", 1, 0),
     ("proxy_on_delete", 1, 0),
@@ -79,7 +88,7 @@ fn check(module: &Module) -> Result<Abi, String> {
         let Some(export) = exported(name) else { continue };
         let ExternType::Func(ty) = &export else { return Err(format!("the module's export `{name}` is no function")) };
         let words = ty.params().chain(ty.results()).all(|ty| matches!(ty, ValType::I32));
-        // Modules for 0.1.0, and some that only say so, leave out `end_of_stream`.
+        // Modules for 0.1.0 leave out `end_of_stream`, though not all that say so.
         let short = name.ends_with("_headers") && abi == Abi::V0_1_0 && ty.params().len() == 2;
         if !words || !(ty.params().len() == params || short) || ty.results().len() != results {
             return Err(format!(

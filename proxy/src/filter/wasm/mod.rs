@@ -1,11 +1,11 @@
 //! The Proxy-Wasm host: ABI 0.1.0, 0.2.0 and 0.2.1 on wasmtime.
 //!
-//! Served are start-up, configuration, request and response headers, local responses, properties and logging. Every other
-//! function of the ABI links and answers `Unimplemented` (12), with a line in the log; body and trailer callbacks are not made.
-//! A callback that pauses with nothing pending that could resume it fails by the filter's policy.
+//! An [`instance`] is a store of wasmtime with the plugins (root contexts) in it; [`stream`] is a filter's part in one exchange. A function
+//! of the ABI that is not served links and answers `Unimplemented` (12), with a line in the log.
 
 mod abi;
 mod cache;
+mod callbacks;
 mod calls;
 #[allow(dead_code, reason = "the host functions that use it follow")]
 mod counting;
@@ -15,6 +15,7 @@ mod foreign;
 mod headers;
 mod host;
 mod instance;
+mod instances;
 mod load;
 mod mapped;
 mod properties;
@@ -28,21 +29,24 @@ mod ticker;
 mod wasi;
 
 pub use cache::compile_main;
-pub use stream::{release_unused, warm};
+pub use instances::{release_unused, warm};
 
 pub(super) use cache::Cache;
 pub(super) use host::Counters;
 use host::Spec;
 pub(super) use instance::{Failure, Instance};
+pub(super) use instances::Entered;
 pub(super) use restart::Restart;
 pub(super) use stream::WasmFilter;
 
+use std::rc::Rc;
 use std::sync::Arc;
 
 use bytes::Bytes;
 use outrigger_proto::mesh;
-use wasmtime::{Engine, InstancePre};
+use wasmtime::{Engine, InstancePre, Module};
 
+use super::Interest;
 use super::plugin::{Compiler, FilterError};
 
 /// The engine, its clock and the functions that guests import: one per process.
@@ -59,8 +63,9 @@ pub(super) struct Ready {
     pre: InstancePre<host::Host>,
     ticker: Arc<ticker::Ticker>,
     pub(super) spec: Arc<Spec>,
-    /// It may read heads after their own callback: it logs, or asks for properties
-    pub(super) keeps_heads: bool,
+    pub(super) interest: Interest,
+    /// What has to be equal in plugins that share an instance: `vm.id`, module, configuration and limits of the VM
+    pub(super) shared: Option<Arc<str>>,
 }
 
 impl std::fmt::Debug for Ready {
@@ -93,13 +98,11 @@ impl Runtime {
     pub(super) fn ready(&self, source: &mesh::Filter) -> Result<Ready, FilterError> {
         let module = self.cache.map(&self.engine, &source.sha256)?;
         let (abi, pre) = self.linkers.resolve(&module).map_err(FilterError::Refused)?;
-        let imports = |name| module.imports().any(|import| import.name() == name);
-        let logs = module.get_export("proxy_on_log").is_some();
-        let reads = imports("proxy_get_header_map_value") || imports("proxy_get_header_map_pairs");
-        let keeps_heads = imports("proxy_get_property") || (logs && reads);
-        let ready = Ready { pre, ticker: Arc::clone(&self.ticker), spec: Arc::new(Spec::of(source, abi)), keeps_heads };
+        let spec = Arc::new(Spec::of(source, abi));
+        let shared = (!spec.vm_id.is_empty()).then(|| spec.vm_key(&source.sha256).into());
+        let ready = Ready { pre, ticker: Arc::clone(&self.ticker), spec, interest: interest(&module), shared };
         ready
-            .start(Arc::default())
+            .start(None, Arc::default())
             .map(drop)
             .map_err(|failure| FilterError::Refused(format!("the filter does not start: {}", failure.message)))?;
         Ok(ready)
@@ -107,8 +110,30 @@ impl Runtime {
 }
 
 impl Ready {
-    /// A new instance for the calling thread.
-    pub(super) fn start(&self, counters: Arc<Counters>) -> Result<Instance, Failure> {
-        Instance::start(&self.pre, &self.ticker, &self.spec, counters)
+    /// A place in a shared instance, or a new instance for the calling thread.
+    pub(super) fn start(&self, shared: Option<Rc<Instance>>, counters: Arc<Counters>) -> Result<Entered, Failure> {
+        let instance = match shared {
+            Some(instance) => instance,
+            None => Rc::new(Instance::start(&self.pre, &self.ticker, &self.spec, Arc::clone(&counters))?),
+        };
+        let root = instance.add_root(&self.spec, counters)?;
+        Ok(Entered { instance, root })
+    }
+}
+
+/// Which callbacks a module has.
+fn interest(module: &Module) -> Interest {
+    let exports = |name: &str| module.get_export(name).is_some();
+    let imports = |name| module.imports().any(|import| import.name() == name);
+    // It may read heads after their own callback: it logs, or asks for properties.
+    let reads = imports("proxy_get_header_map_value") || imports("proxy_get_header_map_pairs");
+    let keeps = imports("proxy_get_property") || (exports("proxy_on_log") && reads);
+    Interest {
+        request_body: exports("proxy_on_request_body") || exports("proxy_on_downstream_data"),
+        request_trailers: exports("proxy_on_request_trailers"),
+        response_body: exports("proxy_on_response_body") || exports("proxy_on_upstream_data"),
+        response_trailers: exports("proxy_on_response_trailers"),
+        keeps_request: keeps,
+        keeps_response: keeps,
     }
 }

@@ -1,14 +1,14 @@
 //! Properties: what guests may ask about the exchange, by the names that Envoy's modules use.
 
 use std::net::SocketAddr;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::UNIX_EPOCH;
 
-use http::{HeaderMap, Version, request, response};
+use http::{HeaderMap, Version, request};
 
-use super::super::StreamInfo;
+use super::super::{ConnectionFacts, Facts, StreamInfo};
 use super::abi::Status;
 use super::headers::Head;
-use super::host::{Host, Phase};
+use super::host::Host;
 
 type Value = Result<Vec<u8>, Status>;
 
@@ -21,34 +21,37 @@ pub(super) fn get(host: &Host, path: &[u8]) -> Value {
     let text = std::str::from_utf8(path).map_err(|_| Status::NotFound)?;
     let mut segments = text.splitn(2, '\0');
     let (head, rest) = (segments.next().unwrap_or_default(), segments.next());
+    let plugin = host.plugin();
     match (head, rest) {
-        ("plugin_name", None) => return text_value(&host.spec.name),
-        ("plugin_root_id", None) => return text_value(&host.spec.root_id),
-        ("plugin_vm_id", None) => return text_value(&host.spec.vm_id),
+        ("plugin_name", None) => return text_value(&plugin.name),
+        ("plugin_root_id", None) => return text_value(&plugin.root_id),
+        ("plugin_vm_id", None) => return text_value(&plugin.vm_id),
         _ => {}
     }
-    if !host.on_stream() {
-        return Err(Status::NotFound);
-    }
-    let Some(info) = host.info.as_deref() else { return Err(Status::NotFound) };
+    let view = host.view.as_ref().ok_or(Status::NotFound)?;
+    view.facts(|facts| of_stream(facts, path, head, rest))
+}
+
+fn of_stream(facts: &Facts<'_>, path: &[u8], head: &str, rest: Option<&str>) -> Value {
+    let (info, state) = (facts.info, facts.state);
     match (head, rest) {
         ("request" | "response" | "source" | "destination" | "connection" | "upstream", None) => {
             Err(Status::SerializationFailure)
         }
-        ("request", Some(name)) => request_of(host).ok_or(Status::NotFound).and_then(|head| request(head, info, name)),
-        ("response", Some(name)) => response_property(host, name),
-        ("source", Some(name)) => address(info.source, name),
-        ("destination", Some(name)) => address(info.destination, name),
+        ("request", Some(name)) => facts.request.ok_or(Status::NotFound).and_then(|head| request(head, info, name)),
+        ("response", Some(name)) => response_property(facts, name),
+        ("source", Some(name)) => address(info.connection.source(), name),
+        ("destination", Some(name)) => address(info.connection.destination(), name),
         ("upstream", Some(name)) => address(info.upstream, name),
-        ("connection", Some(name)) => connection(info, name),
-        ("connection_id", None) => number(info.connection_id),
+        ("connection", Some(name)) => connection(&*info.connection, name),
+        ("connection_id", None) => number(info.connection.id()),
         ("xds", Some(name)) => named(info, name),
         ("node", Some("id")) => named(info, "node\0id"),
         ("filter_state", Some(name)) => {
             let name = name.strip_prefix("wasm.").or_else(|| name.strip_prefix("wasm\0")).unwrap_or(name);
-            host.state.get(name.as_bytes()).map(<[u8]>::to_vec).ok_or(Status::NotFound)
+            state.get(name.as_bytes()).map(<[u8]>::to_vec).ok_or(Status::NotFound)
         }
-        _ => match host.state.get(path) {
+        _ => match state.get(path) {
             Some(value) => Ok(value.to_vec()),
             None if rest.is_none() => named(info, head),
             None => Err(Status::NotFound),
@@ -68,20 +71,6 @@ fn optional(text: Option<&str>) -> Value {
     text.ok_or(Status::NotFound).and_then(text_value)
 }
 
-fn request_of(host: &Host) -> Option<&request::Parts> {
-    if host.phase == Phase::Request {
-        return Some(&host.request);
-    }
-    host.heads.as_deref()?.request.as_deref()
-}
-
-fn response_of(host: &Host) -> Option<&response::Parts> {
-    if host.phase == Phase::Response {
-        return Some(&host.response);
-    }
-    host.heads.as_deref()?.response.as_deref()
-}
-
 fn field(fields: &HeaderMap, name: &str) -> Value {
     fields.get(name).map(|value| value.as_bytes().to_vec()).ok_or(Status::NotFound)
 }
@@ -94,7 +83,7 @@ fn request(head: &request::Parts, info: &StreamInfo, name: &str) -> Value {
         "query" => text_value(head.uri.query().unwrap_or_default()),
         "host" => pseudo(":authority"),
         "method" => pseudo(":method"),
-        "scheme" => text_value(info.scheme),
+        "scheme" => text_value(info.scheme()),
         "referer" => field(&head.headers, "referer"),
         "useragent" => field(&head.headers, "user-agent"),
         "id" => field(&head.headers, "x-request-id"),
@@ -104,11 +93,11 @@ fn request(head: &request::Parts, info: &StreamInfo, name: &str) -> Value {
             _ => "HTTP/1.1",
         }),
         "time" => {
-            let since = info.start.duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos();
+            let since = info.started().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos();
             number(u64::try_from(since).unwrap_or(u64::MAX))
         }
         "duration" => {
-            let took = SystemTime::now().duration_since(info.start).unwrap_or_default().as_nanos();
+            let took = info.start.elapsed().as_nanos();
             number(u64::try_from(took).unwrap_or(u64::MAX))
         }
         "size" | "total_size" => {
@@ -124,11 +113,11 @@ fn request(head: &request::Parts, info: &StreamInfo, name: &str) -> Value {
     }
 }
 
-fn response_property(host: &Host, name: &str) -> Value {
+fn response_property(facts: &Facts<'_>, name: &str) -> Value {
     if name == "flags" || name == "size" {
         return number(0);
     }
-    let head = response_of(host).ok_or(Status::NotFound)?;
+    let head = facts.response.ok_or(Status::NotFound)?;
     match name {
         "code" => number(u64::from(head.status.as_u16())),
         "headers" => Err(Status::SerializationFailure),
@@ -145,14 +134,15 @@ fn address(address: Option<SocketAddr>, name: &str) -> Value {
     }
 }
 
-fn connection(info: &StreamInfo, name: &str) -> Value {
+fn connection(connection: &dyn ConnectionFacts, name: &str) -> Value {
+    let mtls = connection.peer_identity().is_some();
     match name {
-        "mtls" => Ok(vec![u8::from(info.mtls)]),
-        "id" => number(info.connection_id),
-        "requested_server_name" => text_value(info.server_name.as_deref().unwrap_or_default()),
-        "tls_version" if info.mtls => text_value("TLSv1.3"),
-        "uri_san_peer_certificate" => optional(info.peer_identity.as_deref()),
-        "uri_san_local_certificate" => optional(info.local_identity.as_deref()),
+        "mtls" => Ok(vec![u8::from(mtls)]),
+        "id" => number(connection.id()),
+        "requested_server_name" => text_value(connection.server_name().unwrap_or_default()),
+        "tls_version" if mtls => text_value("TLSv1.3"),
+        "uri_san_peer_certificate" => optional(connection.peer_identity()),
+        "uri_san_local_certificate" => optional(connection.local_identity().as_deref()),
         _ => Err(Status::NotFound),
     }
 }
@@ -162,8 +152,8 @@ fn named(info: &StreamInfo, name: &str) -> Value {
     match name {
         "route_name" => optional(info.route.as_deref()),
         "cluster_name" | "upstream_cluster" => optional(info.service.as_deref()),
-        "listener_direction" => number(if info.inbound { 1 } else { 2 }),
-        "node\0id" => text_value(&format!("{}/{}", info.namespace, info.workload)),
+        "listener_direction" => number(if info.connection.inbound() { 1 } else { 2 }),
+        "node\0id" => text_value(&format!("{}/{}", info.connection.namespace(), info.connection.workload())),
         _ => Err(Status::NotFound),
     }
 }

@@ -7,7 +7,9 @@ use http::{Response, request, response};
 use outrigger_proto::mesh;
 use sha2::{Digest, Sha256};
 
-use super::super::super::{Chain, Compiler, FilterError, Outcome, Plugin, Plugins, Settings, StreamInfo};
+use super::super::super::{
+    Chain, Compiler, Failed, FilterError, Flow, Frame, Plugin, Plugins, Settings, StaticConnection, Stop, StreamInfo,
+};
 
 /// A module of ABI 0.2.1 with a bump allocator that has these further imports and functions. Data begins at 1024; the
 /// allocator gives out addresses from 65536 on; `$ok` traps unless a status is 0, `$is` unless two numbers are equal.
@@ -118,15 +120,64 @@ pub(super) fn reply() -> response::Parts {
     Response::builder().header("x-up", "stream").body(()).unwrap().into_parts().0
 }
 
-pub(super) fn chain(plugins: &[Arc<Plugin>]) -> Chain {
-    let info = StreamInfo {
+/// What becomes of an exchange after a head ran through its filters.
+#[derive(Debug)]
+pub(super) enum Outcome {
+    Continue,
+    Paused,
+    Respond(Response<Bytes>),
+    Failed(Failed),
+    Reset,
+}
+
+/// A chain that is driven without sockets.
+pub(super) struct Driven(pub(super) Chain);
+
+impl Driven {
+    pub(super) fn request_headers(&mut self, head: &mut request::Parts, end: bool) -> Outcome {
+        let empty = http::Request::new(()).into_parts().0;
+        self.0.request_headers(std::mem::replace(head, empty), end);
+        self.outcome(|chain| chain.take_request().map(|(passed, _)| *head = passed))
+    }
+
+    pub(super) fn response_headers(&mut self, head: &mut response::Parts, end: bool) -> Outcome {
+        let empty = Response::new(()).into_parts().0;
+        self.0.response_headers(std::mem::replace(head, empty), end);
+        self.outcome(|chain| chain.take_response().map(|(passed, _)| *head = passed))
+    }
+
+    fn outcome(&self, take: impl FnOnce(&Chain) -> Option<()>) -> Outcome {
+        match self.0.stop() {
+            None if take(&self.0).is_some() => Outcome::Continue,
+            None => Outcome::Paused,
+            Some(Stop::Local) => {
+                let (head, _) = self.0.take_response().unwrap();
+                let body = match self.0.next(Flow::Response) {
+                    Some(Frame::Data(bytes)) => bytes,
+                    _ => Bytes::new(),
+                };
+                Outcome::Respond(Response::from_parts(head, body))
+            }
+            Some(Stop::Failed(failed)) => Outcome::Failed(failed),
+            Some(Stop::TooLarge(_) | Stop::Reset) => Outcome::Reset,
+        }
+    }
+
+    pub(super) fn done(self) {
+        self.0.done();
+    }
+}
+
+pub(super) fn chain(plugins: &[Arc<Plugin>]) -> Driven {
+    let connection = StaticConnection {
         source: Some("127.0.0.1:51314".parse().unwrap()),
-        mtls: true,
-        connection_id: 7,
-        service: Some("demo/reviews".into()),
-        ..StreamInfo::default()
+        peer_identity: Some("spiffe://cluster.local/ns/demo/sa/web".into()),
+        id: 7,
+        ..StaticConnection::default()
     };
-    Chain::new(plugins, info)
+    let mut info = StreamInfo::new(std::rc::Rc::new(connection), std::time::Instant::now());
+    info.service = Some("demo/reviews".into());
+    Driven(Chain::new(plugins, info))
 }
 
 /// A whole exchange: what became of the request, and the heads afterwards.
@@ -147,7 +198,7 @@ pub(super) fn passed(outcome: &Outcome) -> bool {
 /// The reason of a failure.
 pub(super) fn reason(outcome: Outcome) -> String {
     match outcome {
-        Outcome::Failed { filter, reason } => {
+        Outcome::Failed(Failed { filter, reason }) => {
             assert_eq!(filter, "demo/guest");
             reason
         }

@@ -2,8 +2,7 @@
 
 use http::StatusCode;
 
-use super::super::super::{Chain, Outcome};
-use super::guest::{Bench, chain, consts, exchange, head, import, on_headers, passed, reason, reply, wat};
+use super::guest::{Bench, Outcome, chain, consts, exchange, head, import, on_headers, passed, reason, reply, wat};
 
 const MAPS: [(&str, usize); 8] = [
     ("get_header_map_value", 5),
@@ -221,8 +220,7 @@ fn c50_c51_pause_and_continue() {
     let body = on_headers("request", "(call $ok (call $continue_stream (i32.const 1)))", 0);
     assert!(passed(&exchange(&[bench.plugin(&guest(&body))]).0));
     let body = on_headers("request", "", 1);
-    let reason = reason(exchange(&[bench.plugin(&guest(&body))]).0);
-    assert!(reason.contains("paused"), "{reason}");
+    assert!(matches!(exchange(&[bench.plugin(&guest(&body))]).0, Outcome::Paused));
 }
 
 #[test]
@@ -291,7 +289,7 @@ fn c81_properties() {
 
 #[test]
 fn an_empty_chain_does_nothing() {
-    let mut chain = Chain::new(&[], Default::default());
+    let mut chain = chain(&[]);
     assert!(passed(&chain.request_headers(&mut head(), true)));
     assert!(passed(&chain.response_headers(&mut reply(), true)));
 }

@@ -1,0 +1,100 @@
+//! Bytes on their way through a filter.
+
+use bytes::{Bytes, BytesMut};
+
+/// Body bytes at one filter: one chunk, untouched where the filter only looks at it, or what was gathered while it pauses.
+#[derive(Debug, Default)]
+pub struct Buffer {
+    chunk: Bytes,
+    gathered: Option<BytesMut>,
+}
+
+impl Buffer {
+    /// Bytes held.
+    pub fn len(&self) -> usize {
+        self.as_slice().len()
+    }
+
+    /// True: it holds nothing.
+    pub fn is_empty(&self) -> bool {
+        self.as_slice().is_empty()
+    }
+
+    /// All of it.
+    pub fn as_slice(&self) -> &[u8] {
+        self.gathered.as_deref().unwrap_or(&self.chunk)
+    }
+
+    /// Appends; nothing is copied into an empty buffer.
+    pub fn push(&mut self, bytes: Bytes) {
+        if self.is_empty() {
+            *self = Self { chunk: bytes, gathered: None };
+        } else if !bytes.is_empty() {
+            self.gather().extend_from_slice(&bytes);
+        }
+    }
+
+    /// Replaces `len` bytes from `start` on. What lies past the end is cut: past it, the new bytes are appended.
+    pub fn splice(&mut self, start: usize, len: usize, with: &[u8]) {
+        let size = self.len();
+        let start = start.min(size);
+        let end = start.saturating_add(len).min(size);
+        if start == 0 && end == size {
+            *self = Self { chunk: Bytes::copy_from_slice(with), gathered: None };
+            return;
+        }
+        let bytes = self.gather();
+        if start == size {
+            bytes.extend_from_slice(with);
+            return;
+        }
+        let rest = bytes.split_off(start);
+        bytes.reserve(with.len() + rest.len());
+        bytes.extend_from_slice(with);
+        bytes.extend_from_slice(rest.get(end - start..).unwrap_or_default());
+    }
+
+    /// Takes everything out.
+    pub fn take(&mut self) -> Bytes {
+        let Self { chunk, gathered } = std::mem::take(self);
+        gathered.map_or(chunk, BytesMut::freeze)
+    }
+
+    fn gather(&mut self) -> &mut BytesMut {
+        let chunk = std::mem::take(&mut self.chunk);
+        self.gathered.get_or_insert_with(|| chunk.try_into_mut().unwrap_or_else(|chunk| BytesMut::from(&chunk[..])))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spliced(start: usize, len: usize, with: &str) -> String {
+        let mut buffer = Buffer::default();
+        buffer.push(Bytes::from_static(b"abc"));
+        buffer.push(Bytes::from_static(b"def"));
+        buffer.splice(start, len, with.as_bytes());
+        String::from_utf8(buffer.take().to_vec()).unwrap()
+    }
+
+    #[test]
+    fn c36_prepend_append_replace_and_inject() {
+        assert_eq!(spliced(0, 0, "12"), "12abcdef");
+        assert_eq!(spliced(0xffff_ffff, 0, "12"), "abcdef12");
+        assert_eq!(spliced(6, 9, "12"), "abcdef12");
+        assert_eq!(spliced(0, 6, "12"), "12");
+        assert_eq!(spliced(0, 99, ""), "");
+        assert_eq!(spliced(0, 2, "1"), "1cdef");
+        assert_eq!(spliced(3, 0, "12"), "abc12def");
+        assert_eq!(spliced(3, 2, "1"), "abc1f");
+    }
+
+    #[test]
+    fn one_chunk_is_not_copied() {
+        let chunk = Bytes::from(vec![1, 2, 3]);
+        let mut buffer = Buffer::default();
+        buffer.push(chunk.clone());
+        assert_eq!(buffer.take().as_ptr(), chunk.as_ptr());
+    }
+}

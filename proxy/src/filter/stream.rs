@@ -1,0 +1,480 @@
+//! What the filters of one exchange share: the message, and where each filter stands in it.
+//!
+//! One cell per exchange (HTTP) or connection (TCP), on one worker. The chain moves things through it and lends it to filters while a
+//! callback runs; a callback of another context (a timer, a call's answer) may come in by it while a filter is paused. Nothing here runs
+//! a filter, so nothing here can re-enter one: what a callback asks for is left in [`Wishes`] and done when it has returned.
+
+use std::cell::{Cell, RefCell, RefMut};
+use std::rc::Rc;
+use std::task::Waker;
+
+use http::{HeaderMap, request, response};
+
+use super::{Buffer, Filter, FilterState, Interest, LocalResponse, StreamInfo};
+
+/// A direction. For TCP, `Request` is what the client sends and `Response` what the server sends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Flow {
+    /// From the client
+    Request,
+    /// To the client
+    Response,
+}
+
+impl Flow {
+    /// The other one.
+    #[must_use]
+    pub fn other(self) -> Self {
+        match self {
+            Self::Request => Self::Response,
+            Self::Response => Self::Request,
+        }
+    }
+}
+
+/// Which part of a message a filter is at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
+pub enum At {
+    /// Nothing reached it yet
+    #[default]
+    Waiting,
+    /// Headers; of TCP, the new connection
+    Headers,
+    /// Behind the headers
+    Body,
+    /// Trailers
+    Trailers,
+    /// The message is through
+    Done,
+}
+
+/// Where one filter stands in one direction.
+#[derive(Debug, Default)]
+pub(crate) struct Stage {
+    pub(crate) at: At,
+    /// Its callback runs
+    pub(crate) calling: bool,
+    /// It holds what it was shown last
+    pub(crate) paused: bool,
+    /// Body bytes that it has not let go
+    pub(crate) body: Buffer,
+    /// There is something that it was not shown yet
+    pub(crate) fresh: bool,
+    /// Nothing follows
+    pub(crate) ended: bool,
+    /// Trailers have come to it
+    pub(crate) trailers: bool,
+}
+
+impl Stage {
+    /// The filter may read and write what it is at: in that callback, and for as long as it pauses there.
+    fn open(&self, at: At) -> bool {
+        self.at == at && (self.calling || self.paused)
+    }
+}
+
+/// Names of pseudo headers that a message cannot do without and that a filter took away; a bit each.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub struct Lacking(u8);
+
+impl Lacking {
+    /// Notes whether the pseudo header of this number is lacking.
+    pub fn set(&mut self, index: usize, lacking: bool) {
+        let bit = 1 << index;
+        self.0 = if lacking { self.0 | bit } else { self.0 & !bit };
+    }
+
+    /// The first one of these names.
+    pub fn first(self, names: &[&'static str]) -> Option<&'static str> {
+        names.iter().enumerate().find(|(index, _)| self.0 >> index & 1 == 1).map(|(_, name)| *name)
+    }
+}
+
+/// What a filter asked for and the chain has not done yet.
+#[derive(Debug, Default)]
+pub(crate) struct Wishes {
+    pub(crate) resume: [bool; 2],
+    pub(crate) reply: Option<LocalResponse>,
+    pub(crate) reset: bool,
+}
+
+/// One filter of the exchange.
+pub(crate) struct Slot {
+    pub(crate) interest: Interest,
+    /// Bytes of a body that are held while it pauses
+    pub(crate) body_limit: usize,
+    /// Away while its callback runs
+    pub(crate) filter: Option<Box<dyn Filter>>,
+    pub(crate) request: Stage,
+    pub(crate) response: Stage,
+    pub(crate) wishes: Wishes,
+    pub(crate) lacking: [Lacking; 2],
+    /// It wrote to the message
+    pub(crate) changed: bool,
+    /// It has answered: it cannot again
+    pub(crate) answered: bool,
+}
+
+impl Slot {
+    fn new(filter: Option<Box<dyn Filter>>) -> Self {
+        let (interest, body_limit) =
+            filter.as_ref().map_or_else(Default::default, |filter| (filter.interest(), filter.body_limit()));
+        Self {
+            interest,
+            body_limit,
+            filter,
+            request: Stage::default(),
+            response: Stage::default(),
+            wishes: Wishes::default(),
+            lacking: <[Lacking; 2]>::default(),
+            changed: false,
+            answered: false,
+        }
+    }
+
+    /// Of no filter.
+    pub(crate) fn none() -> Self {
+        Self::new(None)
+    }
+
+    pub(crate) fn stage(&self, flow: Flow) -> &Stage {
+        match flow {
+            Flow::Request => &self.request,
+            Flow::Response => &self.response,
+        }
+    }
+
+    pub(crate) fn stage_mut(&mut self, flow: Flow) -> &mut Stage {
+        match flow {
+            Flow::Request => &mut self.request,
+            Flow::Response => &mut self.response,
+        }
+    }
+}
+
+/// A message of one direction. The head is here from the time it enters the chain until it leaves.
+#[derive(Debug)]
+pub(crate) struct Message<H> {
+    pub(crate) head: Option<H>,
+    /// A copy, as it left the chain, where a filter may still read it
+    pub(crate) kept: Option<Box<H>>,
+    pub(crate) trailers: Option<HeaderMap>,
+}
+
+impl<H> Message<H> {
+    fn view(&self) -> Option<&H> {
+        self.head.as_ref().or(self.kept.as_deref())
+    }
+}
+
+impl<H> Default for Message<H> {
+    fn default() -> Self {
+        Self { head: None, kept: None, trailers: None }
+    }
+}
+
+/// See the module.
+pub(crate) struct Data {
+    pub(crate) info: StreamInfo,
+    pub(crate) state: FilterState,
+    pub(crate) request: Message<request::Parts>,
+    pub(crate) response: Message<response::Parts>,
+    pub(crate) slots: Vec<Slot>,
+    /// The exchange is over and its filters log: heads are read-only
+    pub(crate) logging: bool,
+    pub(crate) tcp: bool,
+    /// The response's head has left the chain
+    pub(crate) head_sent: bool,
+}
+
+/// The cell; see the module.
+pub struct Stream {
+    pub(crate) data: RefCell<Data>,
+    /// Something was asked for from outside the chain's own callbacks
+    pub(crate) signal: Cell<bool>,
+    wakers: RefCell<[Option<Waker>; 3]>,
+}
+
+impl std::fmt::Debug for Stream {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Stream")
+    }
+}
+
+/// Who waits for a stream.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Waiter {
+    Request = 0,
+    Response = 1,
+    Stop = 2,
+}
+
+impl From<Flow> for Waiter {
+    fn from(flow: Flow) -> Self {
+        match flow {
+            Flow::Request => Self::Request,
+            Flow::Response => Self::Response,
+        }
+    }
+}
+
+impl Stream {
+    pub(crate) fn new(filters: Vec<Box<dyn Filter>>, info: StreamInfo, tcp: bool) -> Self {
+        let data = Data {
+            info,
+            state: FilterState::default(),
+            request: Message::default(),
+            response: Message::default(),
+            slots: filters.into_iter().map(|filter| Slot::new(Some(filter))).collect(),
+            logging: false,
+            tcp,
+            head_sent: false,
+        };
+        Self { data: RefCell::new(data), signal: Cell::new(false), wakers: RefCell::default() }
+    }
+
+    /// Who polls next is told when something happens.
+    pub(crate) fn register(&self, waiter: Waiter, waker: &Waker) {
+        let mut wakers = self.wakers.borrow_mut();
+        if let Some(place) = wakers.get_mut(waiter as usize) {
+            match place {
+                Some(old) => old.clone_from(waker),
+                None => *place = Some(waker.clone()),
+            }
+        }
+    }
+
+    pub(crate) fn wake(&self, waiter: Waiter) {
+        let waker = self.wakers.borrow_mut().get_mut(waiter as usize).and_then(Option::take);
+        if let Some(waker) = waker {
+            waker.wake();
+        }
+    }
+
+    /// Something was asked for of this stream from outside its own callbacks, or an instance in it ended: its exchange looks at it soon.
+    pub fn notify(&self) {
+        self.signal.set(true);
+        for waiter in [Waiter::Request, Waiter::Response, Waiter::Stop] {
+            self.wake(waiter);
+        }
+    }
+}
+
+/// One filter's view of its stream: what a callback may read and write. Cheap to clone; also from other contexts of the same filter, by
+/// the rules of the stage that the filter is at.
+#[derive(Debug, Clone)]
+pub struct View {
+    pub(crate) stream: Rc<Stream>,
+    /// Which filter of the chain
+    pub(crate) index: usize,
+}
+
+/// A head that may be read.
+#[derive(Debug, Clone, Copy)]
+pub enum HeadRef<'a> {
+    /// Of the request
+    Request(&'a request::Parts),
+    /// Of the response
+    Response(&'a response::Parts),
+    /// Trailers
+    Trailers(&'a HeaderMap),
+}
+
+/// A head that may be written, and where to note pseudo headers that are missing.
+#[derive(Debug)]
+pub enum HeadMut<'a> {
+    /// Of the request
+    Request(&'a mut request::Parts, &'a mut Lacking),
+    /// Of the response
+    Response(&'a mut response::Parts, &'a mut Lacking),
+    /// Trailers
+    Trailers(&'a mut HeaderMap, &'a mut Lacking),
+}
+
+/// Which head of a direction.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Which {
+    /// In front of the body
+    Headers,
+    /// Behind it
+    Trailers,
+}
+
+impl View {
+    /// A head, if the filter may read it now.
+    pub fn read<R>(&self, flow: Flow, which: Which, f: impl FnOnce(HeadRef<'_>) -> R) -> Option<R> {
+        let data = self.stream.data.borrow();
+        let stage = data.slots.get(self.index)?.stage(flow);
+        let at = if which == Which::Headers { At::Headers } else { At::Trailers };
+        if !(stage.open(at) || data.logging) || data.tcp {
+            return None;
+        }
+        let head = match (flow, which) {
+            (Flow::Request, Which::Headers) => HeadRef::Request(data.request.view()?),
+            (Flow::Response, Which::Headers) => HeadRef::Response(data.response.view()?),
+            (Flow::Request, Which::Trailers) => HeadRef::Trailers(data.request.trailers.as_ref()?),
+            (Flow::Response, Which::Trailers) => HeadRef::Trailers(data.response.trailers.as_ref()?),
+        };
+        Some(f(head))
+    }
+
+    /// A head, if the filter may write it now. Trailers come into being where the message has none and the filter sees its end. An
+    /// `Err` says that nothing was changed.
+    pub fn write<T, E>(
+        &self,
+        flow: Flow,
+        which: Which,
+        f: impl FnOnce(HeadMut<'_>) -> Result<T, E>,
+    ) -> Option<Result<T, E>> {
+        let mut data = self.stream.data.borrow_mut();
+        let data = &mut *data;
+        if data.logging || data.tcp {
+            return None;
+        }
+        let slot = data.slots.get_mut(self.index)?;
+        let (stage, lacking) = match flow {
+            Flow::Request => (&slot.request, slot.lacking.first_mut()?),
+            Flow::Response => (&slot.response, slot.lacking.last_mut()?),
+        };
+        let at = if which == Which::Headers { At::Headers } else { At::Trailers };
+        let last = which == Which::Trailers && stage.open(At::Body) && stage.ended;
+        if !(stage.open(at) || last) {
+            return None;
+        }
+        let head = match (flow, which) {
+            (Flow::Request, Which::Headers) => HeadMut::Request(data.request.head.as_mut()?, lacking),
+            (Flow::Response, Which::Headers) => HeadMut::Response(data.response.head.as_mut()?, lacking),
+            (Flow::Request, Which::Trailers) => {
+                HeadMut::Trailers(data.request.trailers.get_or_insert_default(), lacking)
+            }
+            (Flow::Response, Which::Trailers) => {
+                HeadMut::Trailers(data.response.trailers.get_or_insert_default(), lacking)
+            }
+        };
+        let result = f(head);
+        slot.changed |= result.is_ok();
+        Some(result)
+    }
+
+    /// Body bytes, if the filter may see them now: in their callback, while it pauses there, and at the trailers.
+    pub fn body<R>(&self, flow: Flow, f: impl FnOnce(&[u8]) -> R) -> Option<R> {
+        let data = self.stream.data.borrow();
+        let stage = data.slots.get(self.index)?.stage(flow);
+        (stage.open(At::Body) || stage.open(At::Trailers)).then(|| f(stage.body.as_slice()))
+    }
+
+    /// Replaces body bytes (see [`Buffer::splice`]). False: not now, or more than the filter may hold.
+    pub fn set_body(&self, flow: Flow, start: usize, len: usize, with: &[u8]) -> bool {
+        let mut data = self.stream.data.borrow_mut();
+        let Some(slot) = data.slots.get_mut(self.index) else { return false };
+        let stage = slot.stage_mut(flow);
+        if !(stage.open(At::Body) || stage.open(At::Trailers)) || with.len() > super::WRITE_LIMIT {
+            return false;
+        }
+        stage.body.splice(start, len, with);
+        slot.changed = true;
+        true
+    }
+
+    /// Lets go what the filter holds, once its callback has returned. Nothing if it holds nothing.
+    pub fn resume(&self, flow: Flow) {
+        self.ask(|slot| {
+            let stage = slot.stage(flow);
+            if stage.calling || stage.paused {
+                slot.wishes.resume[flow as usize] = true;
+            }
+        });
+    }
+
+    /// Answers the request; of several answers the first counts. False: the response has begun.
+    pub fn respond(&self, response: LocalResponse) -> bool {
+        let data = self.stream.data.borrow();
+        // What comes too late resets the stream, as it does in other hosts: the filter wants the client not to get what it is getting.
+        if data.logging || data.tcp {
+            return false;
+        }
+        drop(data);
+        self.ask(|slot| {
+            if !slot.answered && slot.wishes.reply.is_none() {
+                slot.wishes.reply = Some(response);
+            }
+        });
+        true
+    }
+
+    /// Resets the client's stream, or closes its connection.
+    pub fn close(&self) {
+        self.ask(|slot| slot.wishes.reset = true);
+    }
+
+    /// An opaque connection.
+    pub fn is_tcp(&self) -> bool {
+        self.stream.data.borrow().tcp
+    }
+
+    /// Facts of the exchange, the properties that filters set, and the heads as far as they are known now.
+    pub fn facts<R>(&self, f: impl FnOnce(&Facts<'_>) -> R) -> R {
+        let data = self.stream.data.borrow();
+        let (request, response) = (data.request.view(), data.response.view());
+        f(&Facts { info: &data.info, state: &data.state, request, response })
+    }
+
+    /// Sets a property for the rest of the exchange. False: too much.
+    pub fn set_property(&self, name: &[u8], value: &[u8]) -> bool {
+        self.stream.data.borrow_mut().state.set(name, value)
+    }
+
+    /// True: the filter wrote to the message, or holds something of it.
+    pub(crate) fn touched(&self) -> bool {
+        let data = self.stream.data.borrow();
+        data.slots.get(self.index).is_some_and(|slot| slot.changed || slot.request.paused || slot.response.paused)
+    }
+
+    fn ask(&self, f: impl FnOnce(&mut Slot)) {
+        let calling = {
+            let mut data = self.stream.data.borrow_mut();
+            if data.logging {
+                return;
+            }
+            let Some(slot) = data.slots.get_mut(self.index) else { return };
+            f(slot);
+            slot.request.calling || slot.response.calling
+        };
+        // In the filter's own callback the chain looks when it returns.
+        if !calling {
+            self.stream.notify();
+        }
+    }
+}
+
+/// What properties are made of.
+#[derive(Debug)]
+pub struct Facts<'a> {
+    /// Of the connection and the route
+    pub info: &'a StreamInfo,
+    /// Set by filters
+    pub state: &'a FilterState,
+    /// As it stands, or as it left the chain where a filter may still want it
+    pub request: Option<&'a request::Parts>,
+    /// The same
+    pub response: Option<&'a response::Parts>,
+}
+
+impl Data {
+    pub(crate) fn trailers_mut(&mut self, flow: Flow) -> &mut Option<HeaderMap> {
+        match flow {
+            Flow::Request => &mut self.request.trailers,
+            Flow::Response => &mut self.response.trailers,
+        }
+    }
+
+    pub(crate) fn slots_mut(&mut self) -> std::slice::IterMut<'_, Slot> {
+        self.slots.iter_mut()
+    }
+}
+
+impl Stream {
+    pub(crate) fn data(&self) -> RefMut<'_, Data> {
+        self.data.borrow_mut()
+    }
+}

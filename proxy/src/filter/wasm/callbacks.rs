@@ -1,0 +1,153 @@
+//! The guest's callbacks, looked up once per instance.
+
+use wasmtime::{Instance as WasmInstance, Store, TypedFunc};
+
+use super::super::{Event, Flow, View, Which};
+use super::headers;
+use super::host::Host;
+
+type Ids = (u32, u32);
+
+/// Headers callbacks by the type that the module exports: ABI 0.1.0, and some modules that only say so, know no `end_of_stream`.
+pub(super) enum OnHeaders {
+    Short(TypedFunc<Ids, u32>),
+    Long(TypedFunc<(u32, u32, u32), u32>),
+}
+
+impl OnHeaders {
+    fn call(&self, store: &mut Store<Host>, context: u32, count: u32, end: bool) -> wasmtime::Result<u32> {
+        match self {
+            Self::Short(function) => function.call(store, (context, count)),
+            Self::Long(function) => function.call(store, (context, count, u32::from(end))),
+        }
+    }
+}
+
+type OnBody = TypedFunc<(u32, u32, u32), u32>;
+
+/// What comes to a stream context in one direction.
+#[derive(Default)]
+pub(super) struct Direction {
+    pub(super) headers: Option<OnHeaders>,
+    pub(super) body: Option<OnBody>,
+    pub(super) trailers: Option<TypedFunc<Ids, u32>>,
+    /// TCP: bytes
+    pub(super) data: Option<OnBody>,
+    /// TCP: the sending side is gone
+    pub(super) closed: Option<TypedFunc<Ids, ()>>,
+}
+
+/// All of them; `None`: the module does not export it.
+pub(super) struct Callbacks {
+    pub(super) create: Option<TypedFunc<Ids, ()>>,
+    pub(super) vm_start: Option<TypedFunc<Ids, u32>>,
+    pub(super) configure: Option<TypedFunc<Ids, u32>>,
+    pub(super) connection: Option<TypedFunc<u32, u32>>,
+    pub(super) request: Direction,
+    pub(super) response: Direction,
+    pub(super) done: Option<TypedFunc<u32, u32>>,
+    pub(super) log: Option<TypedFunc<u32, ()>>,
+    pub(super) delete: Option<TypedFunc<u32, ()>>,
+}
+
+fn find<P: wasmtime::WasmParams, R: wasmtime::WasmResults>(
+    store: &mut Store<Host>,
+    instance: &WasmInstance,
+    name: &str,
+) -> wasmtime::Result<Option<TypedFunc<P, R>>> {
+    if instance.get_func(&mut *store, name).is_none() {
+        return Ok(None);
+    }
+    instance.get_typed_func(store, name).map(Some)
+}
+
+impl Callbacks {
+    /// Looks them up; their types have been checked when the module was loaded.
+    pub(super) fn of(store: &mut Store<Host>, instance: &WasmInstance) -> wasmtime::Result<Self> {
+        let headers = |store: &mut Store<Host>, name: &str| -> wasmtime::Result<Option<OnHeaders>> {
+            if let Ok(long) = find(&mut *store, instance, name) {
+                return Ok(long.map(OnHeaders::Long));
+            }
+            Ok(find(store, instance, name)?.map(OnHeaders::Short))
+        };
+        Ok(Self {
+            create: find(store, instance, "proxy_on_context_create")?,
+            vm_start: find(store, instance, "proxy_on_vm_start")?,
+            configure: find(store, instance, "proxy_on_configure")?,
+            connection: find(store, instance, "proxy_on_new_connection")?,
+            request: Direction {
+                headers: headers(store, "proxy_on_request_headers")?,
+                body: find(store, instance, "proxy_on_request_body")?,
+                trailers: find(store, instance, "proxy_on_request_trailers")?,
+                data: find(store, instance, "proxy_on_downstream_data")?,
+                closed: find(store, instance, "proxy_on_downstream_connection_close")?,
+            },
+            response: Direction {
+                headers: headers(store, "proxy_on_response_headers")?,
+                body: find(store, instance, "proxy_on_response_body")?,
+                trailers: find(store, instance, "proxy_on_response_trailers")?,
+                data: find(store, instance, "proxy_on_upstream_data")?,
+                closed: find(store, instance, "proxy_on_upstream_connection_close")?,
+            },
+            done: find(store, instance, "proxy_on_done")?,
+            log: find(store, instance, "proxy_on_log")?,
+            delete: find(store, instance, "proxy_on_delete")?,
+        })
+    }
+
+    fn direction(&self, flow: Flow) -> &Direction {
+        match flow {
+            Flow::Request => &self.request,
+            Flow::Response => &self.response,
+        }
+    }
+
+    /// The guest has a callback for this.
+    pub(super) fn has(&self, flow: Flow, event: Event, tcp: bool) -> bool {
+        let direction = self.direction(flow);
+        match event {
+            Event::Headers { .. } if tcp => self.connection.is_some(),
+            Event::Headers { .. } => direction.headers.is_some(),
+            Event::Body { .. } if tcp => direction.data.is_some(),
+            Event::Body { .. } => direction.body.is_some(),
+            Event::Trailers => direction.trailers.is_some(),
+            Event::Closed(_) => direction.closed.is_some(),
+        }
+    }
+
+    /// Calls it; what it returned (0: continue).
+    pub(super) fn call(
+        &self,
+        store: &mut Store<Host>,
+        context: u32,
+        flow: Flow,
+        event: Event,
+        view: &View,
+    ) -> wasmtime::Result<u32> {
+        let direction = self.direction(flow);
+        let count = |which| view.read(flow, which, headers::count_of).unwrap_or_default();
+        let word = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
+        match event {
+            Event::Headers { end } => match (&direction.headers, &self.connection) {
+                (_, Some(callback)) if view.is_tcp() => callback.call(store, context),
+                (Some(callback), _) if !view.is_tcp() => {
+                    callback.call(store, context, word(count(Which::Headers)), end)
+                }
+                _ => Ok(0),
+            },
+            Event::Body { size, end } => {
+                let callback = if view.is_tcp() { &direction.data } else { &direction.body };
+                let call = |callback: &OnBody| callback.call(store, (context, word(size), u32::from(end)));
+                callback.as_ref().map_or(Ok(0), call)
+            }
+            Event::Trailers => match &direction.trailers {
+                Some(callback) => callback.call(store, (context, word(count(Which::Trailers)))),
+                None => Ok(0),
+            },
+            Event::Closed(peer) => match &direction.closed {
+                Some(callback) => callback.call(store, (context, peer as u32)).map(|()| 0),
+                None => Ok(0),
+            },
+        }
+    }
+}
