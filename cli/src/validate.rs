@@ -1,14 +1,16 @@
 //! `outrigger validate DIR`: the control plane's own reading and compiling, without a control plane.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 
 use anyhow::Context as _;
-use outrigger_control::source::{self, ModuleStore};
+use outrigger_control::modules::store::ModuleStore;
+use outrigger_control::source;
 use outrigger_control::store::Store;
-use outrigger_core::compile::{self, Catalog, Inputs, Modules};
-use outrigger_core::resource::{Rejection, Skipped};
+use outrigger_core::compile::{self, Catalog, Inputs, Module, Modules};
+use outrigger_core::resource::{ModuleSource, Rejection, Skipped};
 use serde::Serialize;
 
 use crate::output::{self, Format};
@@ -59,7 +61,7 @@ fn validate(directory: &Path) -> anyhow::Result<Report> {
         registrations: Vec::new(),
         trust_domain,
         closed: accepted.closed,
-        modules: Modules { files: modules.load(&wanted), held: modules.held() },
+        modules: here(&wanted, &mut modules),
         ..Inputs::default()
     };
     let (catalog, conflicts) = Catalog::build(inputs);
@@ -75,6 +77,17 @@ fn validate(directory: &Path) -> anyhow::Result<Report> {
         warnings: catalog.warnings().to_vec(),
         skipped: accepted.skipped,
     })
+}
+
+/// The modules of files. What is on other hosts, and what was pushed, is not looked for here: it is taken to be there.
+fn here(wanted: &BTreeMap<ModuleSource, BTreeSet<String>>, modules: &mut ModuleStore) -> Modules {
+    let mut found = modules.load(wanted.keys());
+    let mut held = modules.held();
+    for (source, pinned) in wanted.iter().filter(|(source, _)| !matches!(source, ModuleSource::File(_))) {
+        held.extend(pinned.iter().map(|digest| (digest.clone(), 0)));
+        found.entry(source.clone()).or_insert_with(|| Module { sha256: String::new(), size: 0 });
+    }
+    Modules { found, held, problems: BTreeMap::new() }
 }
 
 fn print(report: &Report) -> std::io::Result<()> {

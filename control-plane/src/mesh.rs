@@ -10,12 +10,14 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use outrigger_core::compile::{Answer, Catalog, Client, Found, Inputs, Module, Modules, wanted_modules};
 use outrigger_core::key::Key;
-use outrigger_core::resource::{Registration, Rejection};
+use outrigger_core::resource::{ModuleSource, Registration, Rejection};
+use sha2::{Digest as _, Sha256};
 use tokio::sync::{Notify, mpsc, watch};
 
 use crate::durable;
 use crate::lease::Leases;
-use crate::source::{self, Files, ModuleStore, Watch};
+use crate::modules::store::ModuleStore;
+use crate::source::{self, Files, Watch};
 use crate::store::{self, Accepted, Rejected, Serving, Store};
 
 /// Files are read this long after the first sign of a change: editors write in several steps.
@@ -39,6 +41,8 @@ pub struct Published {
     pub accepted: Accepted,
     /// Modules by digest, with sizes
     pub modules: BTreeMap<String, u64>,
+    /// Modules on other hosts that are not here yet
+    pub missing: BTreeSet<ModuleSource>,
     answers: Answers,
 }
 
@@ -54,7 +58,7 @@ struct Answers {
 
 impl Published {
     fn new(generation: u64, catalog: Catalog, accepted: Accepted, modules: BTreeMap<String, u64>) -> Self {
-        Self { generation, catalog, accepted, modules, answers: Answers::default() }
+        Self { generation, catalog, accepted, modules, missing: BTreeSet::new(), answers: Answers::default() }
     }
 
     /// The answer to one subscription of one client.
@@ -107,6 +111,19 @@ pub struct Settings {
     pub lease: Duration,
 }
 
+impl Settings {
+    /// Where filters are kept that were attached over the API.
+    pub fn attached(&self) -> PathBuf {
+        self.state.join("attached")
+    }
+
+    fn read(&self) -> io::Result<Files> {
+        let mut files = source::read(&self.config)?;
+        files.extend(source::read(&self.attached())?);
+        Ok(files)
+    }
+}
+
 #[derive(Debug)]
 struct Building {
     store: Store,
@@ -114,7 +131,11 @@ struct Building {
     watch: Watch,
     files: Files,
     accepted: Accepted,
-    found: BTreeMap<String, Module>,
+    /// The sources that filters name, with the digests that they pin
+    wanted: BTreeMap<ModuleSource, BTreeSet<String>>,
+    found: BTreeMap<ModuleSource, Module>,
+    /// Why a remote source's module is not there
+    problems: BTreeMap<ModuleSource, String>,
     roots: Vec<Bytes>,
 }
 
@@ -138,7 +159,9 @@ impl Mesh {
         // The watch begins before the first reading, so that no change falls between.
         let (watch, changes) = Watch::new(&settings.config)
             .map_err(|error| name(io::Error::other(error.to_string()), &settings.config))?;
-        let files = source::read(&settings.config).map_err(|error| name(error, &settings.config))?;
+        let attached = settings.attached();
+        durable::directory(&attached).map_err(|error| name(error, &attached))?;
+        let files = settings.read().map_err(|error| name(error, &settings.config))?;
         let first = Published::new(0, Catalog::default(), Accepted::default(), BTreeMap::new());
         let leases = Leases::new(settings.lease, registrations, Instant::now());
         let building = Building {
@@ -147,7 +170,9 @@ impl Mesh {
             watch,
             files: Files::new(),
             accepted: Accepted::default(),
+            wanted: BTreeMap::new(),
             found: BTreeMap::new(),
+            problems: BTreeMap::new(),
             roots,
         };
         let mesh = Arc::new(Self {
@@ -157,7 +182,7 @@ impl Mesh {
             leases: Mutex::new(leases),
             registered: Notify::new(),
         });
-        mesh.take(files, &mut lock(&mesh.building));
+        mesh.take(files, &mut lock(&mesh.building), false);
         mesh.build(&mut lock(&mesh.building));
         Ok((mesh, changes))
     }
@@ -256,10 +281,11 @@ impl Mesh {
         }
     }
 
-    async fn reload(self: &Arc<Self>) {
+    /// Reads every source again.
+    pub async fn reload(self: &Arc<Self>) {
         let mesh = self.clone();
         let work = move || {
-            let files = match source::read(&mesh.settings.config) {
+            let files = match mesh.settings.read() {
                 Ok(files) => files,
                 Err(error) => {
                     let config = mesh.settings.config.display();
@@ -268,7 +294,7 @@ impl Mesh {
                 }
             };
             let mut building = lock(&mesh.building);
-            if mesh.take(files, &mut building) {
+            if mesh.take(files, &mut building, false) {
                 mesh.build(&mut building);
             }
         };
@@ -277,18 +303,87 @@ impl Mesh {
         }
     }
 
-    /// Takes in files and modules. Returns whether anything is other than before.
-    fn take(&self, files: Files, building: &mut Building) -> bool {
-        let files_changed = files != building.files || self.now().generation == 0;
+    /// Keeps a module that was pushed.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub async fn push(self: &Arc<Self>, bytes: Bytes) -> io::Result<Module> {
+        self.building(move |mesh, building| {
+            let module = building.modules.add(&bytes)?;
+            mesh.again(building);
+            Ok(module)
+        })
+        .await
+    }
+
+    /// A remote source gave this.
+    ///
+    /// # Errors
+    /// Why it is not what the filters want, or could not be kept.
+    pub async fn fetched(self: &Arc<Self>, source: ModuleSource, bytes: Vec<u8>) -> Result<(), String> {
+        let take = move |mesh: &Self, building: &mut Building| {
+            let digest = hex::encode(Sha256::digest(&bytes));
+            if building.wanted.get(&source).is_some_and(|pinned| !pinned.is_empty() && !pinned.contains(&digest)) {
+                return Err(io::Error::other(format!(
+                    "its content has digest {digest}, not the one in spec.module.sha256"
+                )));
+            }
+            building.problems.remove(&source);
+            building.modules.fetched(source, &bytes)?;
+            mesh.again(building);
+            Ok(())
+        };
+        self.building(take).await.map_err(|error| error.to_string())
+    }
+
+    /// A remote source gave nothing.
+    pub async fn not_fetched(self: &Arc<Self>, source: ModuleSource, why: String) {
+        let tell = move |mesh: &Self, building: &mut Building| {
+            if building.problems.get(&source) != Some(&why) {
+                building.problems.insert(source, why);
+                mesh.again(building);
+            }
+            Ok(())
+        };
+        // That the build itself failed has been logged.
+        let _ = self.building(tell).await;
+    }
+
+    async fn building<T: Send + 'static>(
+        self: &Arc<Self>,
+        work: impl FnOnce(&Self, &mut Building) -> io::Result<T> + Send + 'static,
+    ) -> io::Result<T> {
+        let mesh = self.clone();
+        let done = tokio::task::spawn_blocking(move || work(&mesh, &mut lock(&mesh.building))).await;
+        done.unwrap_or_else(|error| {
+            tracing::error!(%error, "compiling failed; the state before goes on serving");
+            Err(io::Error::other("compiling failed"))
+        })
+    }
+
+    /// Takes the same files with other modules: what had to be put back for want of a module may serve now.
+    fn again(&self, building: &mut Building) {
+        let files = building.files.clone();
+        self.take(files, building, true);
+        self.build(building);
+    }
+
+    /// Takes in files and modules. Returns whether anything is other than before; `again`: it is.
+    fn take(&self, files: Files, building: &mut Building, again: bool) -> bool {
+        let files_changed = again || files != building.files || self.now().generation == 0;
         if files_changed {
             let accepted = building.store.apply(&files);
             store::report(&building.accepted, &accepted);
             building.accepted = accepted;
             building.files = files;
+            building.wanted = wanted_modules(&building.accepted.resources);
+            building.problems.retain(|source, _| building.wanted.contains_key(source));
         }
-        let wanted = wanted_modules(&building.accepted.resources);
-        let found = building.modules.load(&wanted);
-        building.watch.also(&wanted);
+        let found = building.modules.load(building.wanted.keys());
+        building.watch.also(building.wanted.keys().filter_map(|source| match source {
+            ModuleSource::File(path) => Some(path.as_str()),
+            _ => None,
+        }));
         let modules_changed = found != building.found;
         building.found = found;
         files_changed || modules_changed
@@ -302,7 +397,7 @@ impl Mesh {
             registrations: registrations.clone(),
             trust_domain: self.settings.trust_domain.clone(),
             closed: building.accepted.closed.clone(),
-            modules: Modules { files: building.found.clone(), held: held.clone() },
+            modules: Modules { found: building.found.clone(), problems: building.problems.clone(), held: held.clone() },
             roots: BTreeMap::from([(self.settings.trust_domain.clone(), building.roots.clone())]),
         };
         let (mut catalog, mut rejections) = Catalog::build(inputs(building));
@@ -319,7 +414,8 @@ impl Mesh {
         }
         let in_use = catalog.wasm_modules().into_iter().chain(building.found.values().cloned());
         let in_use: BTreeSet<String> = in_use.map(|module| module.sha256).collect();
-        let published = Published::new(now.generation + 1, catalog, accepted, held);
+        let missing = building.missing(&held);
+        let published = Published { missing, ..Published::new(now.generation + 1, catalog, accepted, held) };
         self.published.send_replace(Arc::new(published));
         building.modules.prune(&in_use);
         if let Err(error) = building.store.save() {
@@ -332,11 +428,22 @@ impl Mesh {
 }
 
 impl Building {
-    /// Puts back the last good versions of policies that contradict older ones; whether there was any. Other findings of the
-    /// compilation leave a resource in force, or have no earlier version.
+    /// Remote sources of which a module is wanted that is not here.
+    fn missing(&self, held: &BTreeMap<String, u64>) -> BTreeSet<ModuleSource> {
+        let here = |source: &ModuleSource, pinned: &BTreeSet<String>| match pinned.is_empty() {
+            true => self.found.contains_key(source),
+            false => pinned.iter().all(|digest| held.contains_key(digest)),
+        };
+        let missing = self.wanted.iter().filter(|(source, pinned)| source.is_remote() && !here(source, pinned));
+        missing.map(|(source, _)| source.clone()).collect()
+    }
+
+    /// Puts back the last good versions of policies that contradict older ones, and of filters whose module is not here; whether
+    /// there was any. Other findings of the compilation leave a resource in force, or have no earlier version.
     fn restore(&mut self, rejections: &[Rejection]) -> bool {
         let mut restored = false;
-        for rejection in rejections.iter().filter(|rejection| rejection.kind == "TrafficPolicy") {
+        let restorable = |rejection: &&Rejection| matches!(rejection.kind.as_str(), "TrafficPolicy" | "WasmFilter");
+        for rejection in rejections.iter().filter(restorable) {
             let Some(last) = self.store.retract(rejection) else { continue };
             if let Some(place) = self.accepted.resources.iter_mut().find(|loaded| loaded.id == last.id) {
                 *place = last;

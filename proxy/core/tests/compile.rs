@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use outrigger_core::compile::{Answer, Catalog, Client, ClosedPolicy, Found, Inputs, Module, Modules, wanted_modules};
 use outrigger_core::link;
-use outrigger_core::resource::{AppPort, Dial, Loaded, PortProtocol, Registration, Rejection, parse};
+use outrigger_core::resource::{AppPort, Dial, Loaded, ModuleSource, PortProtocol, Registration, Rejection, parse};
 use outrigger_proto::{mesh, type_url};
 use proptest::prelude::*;
 use prost::Message;
@@ -44,10 +44,14 @@ fn inputs(text: &str) -> Inputs {
             registration("reviews-v2-0", &[("app", "reviews"), ("version", "v2")], "10.0.0.2"),
         ],
         trust_domain: "cluster.local".into(),
-        modules: Modules { files: [("config/filters/cohort.wasm".to_owned(), module)].into(), ..Modules::default() },
+        modules: Modules { found: [(cohort(), module)].into(), ..Modules::default() },
         roots: [("cluster.local".to_owned(), vec!["root".into()])].into(),
         ..Inputs::default()
     }
+}
+
+fn cohort() -> ModuleSource {
+    ModuleSource::File("config/filters/cohort.wasm".to_owned())
 }
 
 fn build(inputs: Inputs) -> Catalog {
@@ -193,7 +197,7 @@ fn bundles_and_modules_are_those_given() {
     assert_eq!(mesh::Bundle::decode(found.bytes).unwrap().roots, ["root"]);
     assert_eq!(answer(&catalog, type_url::BUNDLE, "bundle/other", &web), None);
     assert_eq!(catalog.wasm_modules(), [Module { sha256: "ab".repeat(32), size: 1234 }]);
-    assert_eq!(wanted_modules(&resources(SHOP)), BTreeSet::from(["config/filters/cohort.wasm".to_owned()]));
+    assert_eq!(wanted_modules(&resources(SHOP)), BTreeMap::from([(cohort(), BTreeSet::new())]));
 }
 
 #[test]

@@ -154,8 +154,8 @@ fn other_policies_are_rejected_with_line_field_and_remedy() {
         (
             ours("WasmFilter", "  targetRefs: [{kind: Service, name: a}]\n  module: {url: http://x}"),
             6,
-            "spec.module.url",
-            "not supported yet; remove it",
+            "spec.module.sha256",
+            "missing; it is required with `url`",
         ),
         (
             ours(
@@ -394,5 +394,35 @@ proptest::proptest! {
             let lines = u32::try_from(text.split('\n').count()).unwrap();
             proptest::prop_assert!((1..=lines + 1).contains(&rejection.line), "{}", rejection);
         }
+    }
+}
+
+#[test]
+fn a_module_has_exactly_one_source_and_a_remote_one_is_pinned() {
+    let module = |module: &str| {
+        ours("WasmFilter", &format!("  targetRefs: [{{kind: Service, name: a}}]\n  module: {{{module}}}"))
+    };
+    let digest = "a".repeat(64);
+    for good in [
+        "file: a.wasm".to_owned(),
+        format!("url: 'https://files.example/a.wasm', sha256: {digest}"),
+        format!("oci: 'registry.example/filters/a@sha256:{digest}'"),
+        format!("oci: 'localhost:5000/filters/a:v1', sha256: {digest}"),
+        format!("sha256: {digest}"),
+    ] {
+        assert_eq!(parse("f.yaml", &module(&good)).rejections, [], "{good}");
+    }
+    for (bad, field) in [
+        (String::new(), "spec.module"),
+        (format!("file: a.wasm, url: 'http://x/a', sha256: {digest}"), "spec.module"),
+        (format!("url: 'ftp://x/a', sha256: {digest}"), "spec.module.url"),
+        (format!("url: 'http://me:secret@x/a', sha256: {digest}"), "spec.module.url"),
+        ("oci: 'registry.example/a:latest'".to_owned(), "spec.module.sha256"),
+        (format!("oci: 'filters/a:v1', sha256: {digest}"), "spec.module.oci"),
+        (format!("oci: 'oci://registry.example/a:v1', sha256: {digest}"), "spec.module.oci"),
+        ("oci: 'registry.example/a@sha256:12'".to_owned(), "spec.module.oci"),
+        ("sha256: 12".to_owned(), "spec.module.sha256"),
+    ] {
+        assert_eq!(only_rejection(&module(&bad)).field, field, "{bad}");
     }
 }

@@ -9,7 +9,7 @@ use bytes::Bytes;
 use notify::{RecursiveMode, Watcher};
 use outrigger_core::compile::{Answer, Catalog, Client, ClosedPolicy, Inputs, Module, Modules, wanted_modules};
 use outrigger_core::key::Key;
-use outrigger_core::resource::{self, Loaded, Registration, ResourceId};
+use outrigger_core::resource::{self, Loaded, ModuleSource, Registration, ResourceId};
 use outrigger_proto::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Resource};
 use outrigger_proto::mesh;
 use prost::Message;
@@ -215,11 +215,16 @@ impl Local {
     fn read_modules(&self, resources: &[Arc<Loaded>]) -> Modules {
         let mut modules = Modules::default();
         let mut held = self.modules.lock().unwrap_or_else(PoisonError::into_inner);
-        for path in wanted_modules(resources) {
-            match std::fs::read(&path) {
+        for source in wanted_modules(resources).into_keys() {
+            let ModuleSource::File(path) = &source else {
+                let why = "needs a control plane, which fetches it; without one use `file`";
+                modules.problems.insert(source, why.to_owned());
+                continue;
+            };
+            match std::fs::read(path) {
                 Ok(bytes) => {
                     let sha256 = hex::encode(Sha256::digest(&bytes));
-                    modules.files.insert(path, Module { sha256: sha256.clone(), size: bytes.len() as u64 });
+                    modules.found.insert(source, Module { sha256: sha256.clone(), size: bytes.len() as u64 });
                     held.insert(sha256, bytes.into());
                 }
                 Err(error) => tracing::error!(file = path, %error, "a filter's module cannot be read"),

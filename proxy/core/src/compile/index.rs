@@ -10,8 +10,8 @@ use super::instance::Instance;
 use super::{ClosedPolicy, Inputs, Module, Modules};
 use crate::key::ServiceKey;
 use crate::resource::{
-    AuthorizationPolicy, Dial, EndpointSlice, Loaded, MeshConfig, MtlsPolicy, PortProtocol, Rejection, Resource,
-    ResourceId, Route, Service, ServicePort, Settings, Target, WasmFilter,
+    AuthorizationPolicy, Dial, EndpointSlice, Loaded, MeshConfig, ModuleSource, MtlsPolicy, PortProtocol, Rejection,
+    Resource, ResourceId, Route, Service, ServicePort, Settings, Target, WasmFilter,
 };
 
 /// All resources, indexed.
@@ -357,17 +357,27 @@ impl Catalog {
 
 /// The module that a filter runs, or the field that is wrong and why.
 fn module(filter: &WasmFilter, modules: &Modules) -> Result<Module, (&'static str, String)> {
-    let found = modules.files.get(&filter.module);
+    let found = modules.found.get(&filter.module);
+    let source = &filter.module;
     match (&filter.sha256, found) {
-        (None, Some(module)) => Ok(module.clone()),
-        (Some(pinned), Some(module)) if *pinned == module.sha256 => Ok(module.clone()),
+        (None, Some(module)) => return Ok(module.clone()),
+        (Some(pinned), Some(module)) if *pinned == module.sha256 => return Ok(module.clone()),
         (Some(pinned), found) => match (modules.held.get(pinned), found) {
-            (Some(size), _) => Ok(Module { sha256: pinned.clone(), size: *size }),
+            (Some(size), _) => return Ok(Module { sha256: pinned.clone(), size: *size }),
             (None, Some(module)) => {
-                Err(("spec.module.sha256", format!("{} has digest {}, not this one", filter.module, module.sha256)))
+                return Err(("spec.module.sha256", format!("{source} has digest {}, not this one", module.sha256)));
             }
-            (None, None) => Err(("spec.module.file", format!("{} cannot be read", filter.module))),
+            (None, None) => {}
         },
-        (None, None) => Err(("spec.module.file", format!("{} cannot be read", filter.module))),
+        (None, None) => {}
     }
+    let why = match (modules.problems.get(source), source) {
+        (Some(problem), _) => format!("{source}: {problem}"),
+        (None, ModuleSource::Pushed) => {
+            "no module of this digest is here; give it by `outrigger filter push`".to_owned()
+        }
+        (None, ModuleSource::File(_)) => format!("{source} cannot be read"),
+        (None, ModuleSource::Url(_) | ModuleSource::Oci(_)) => format!("{source} is not fetched yet"),
+    };
+    Err((source.field(), why))
 }

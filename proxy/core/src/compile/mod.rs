@@ -25,7 +25,7 @@ use instance::{shard_count, shard_of};
 pub use index::Catalog;
 pub use rows::{EndpointRow, RouteBackendRow, RouteRow, ServicePortRow, ServiceRow};
 
-use crate::resource::{Closes, Loaded, Registration, Rejection, Resource};
+use crate::resource::{Closes, Loaded, ModuleSource, Registration, Rejection, Resource};
 
 /// What a catalog is built from.
 #[derive(Debug, Clone, Default)]
@@ -57,14 +57,16 @@ pub struct ClosedPolicy {
 /// Filter modules as the caller found them: this crate reads no files.
 #[derive(Debug, Clone, Default)]
 pub struct Modules {
-    /// By path, as [`wanted_modules`] names them
-    pub files: BTreeMap<String, Module>,
+    /// By source, as [`wanted_modules`] names them
+    pub found: BTreeMap<ModuleSource, Module>,
+    /// Why a source's module is not there, where that is known
+    pub problems: BTreeMap<ModuleSource, String>,
     /// Sizes by hex digest of modules that are held whatever the files say now: a filter that pins a digest goes on
     /// with the module it pins after its file changed
     pub held: BTreeMap<String, u64>,
 }
 
-/// One module file.
+/// One module.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Module {
     /// Hex digest of the content
@@ -108,14 +110,15 @@ pub struct Found {
     pub version: String,
 }
 
-/// Paths of the module files that the filters among `resources` name: relative ones are joined to the directory of
-/// their YAML file.
-pub fn wanted_modules(resources: &[Arc<Loaded>]) -> BTreeSet<String> {
-    let path = |loaded: &Arc<Loaded>| match &loaded.resource {
-        Resource::WasmFilter(filter) => Some(filter.module.clone()),
-        _ => None,
-    };
-    resources.iter().filter_map(path).collect()
+/// Where the modules of the filters among `resources` come from, with the digests that they must have, if any is given.
+pub fn wanted_modules(resources: &[Arc<Loaded>]) -> BTreeMap<ModuleSource, BTreeSet<String>> {
+    let mut wanted = BTreeMap::<_, BTreeSet<String>>::new();
+    for loaded in resources {
+        if let Resource::WasmFilter(filter) = &loaded.resource {
+            wanted.entry(filter.module.clone()).or_default().extend(filter.sha256.clone());
+        }
+    }
+    wanted
 }
 
 /// The trust domain that the MeshConfig among `resources` names, if one does: for whoever must know it before anything

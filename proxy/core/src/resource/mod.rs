@@ -43,7 +43,7 @@ pub use registration::{AppPort, BadRegistration, Dial, PortProtocol, Registratio
 pub use rejection::{Closed, Closes, Rejection};
 pub use route::{BackendRef, Match, Parent, Route, Rule};
 pub use traffic_policy::{RetryOn, Settings, TrafficPolicy};
-pub use wasm_filter::WasmFilter;
+pub use wasm_filter::{ModuleSource, WasmFilter};
 pub use workload::Workload;
 
 /// Everything that one file holds.

@@ -2,12 +2,12 @@
 
 use std::collections::BTreeMap;
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::decode::{Bad, decode};
 use super::meta::{Target, TargetRef, targets};
-use super::value::{Millis, NotYet, Percent, Size};
+use super::value::{Millis, Percent, Size};
 use crate::key::{Named, ServiceKey, canonicalise};
 
 /// A WasmFilter. Durations in milliseconds, sizes in bytes; defaults applied.
@@ -17,8 +17,8 @@ pub struct WasmFilter {
     pub targets: Vec<Target>,
     pub outbound: bool,
     pub order: i32,
-    /// Path, joined to the directory of the YAML file where it is relative
-    pub module: String,
+    /// Where its module comes from
+    pub module: ModuleSource,
     /// Hex digest that the module must have
     pub sha256: Option<String>,
     pub root_id: String,
@@ -38,6 +38,46 @@ pub struct WasmFilter {
     pub upstreams: BTreeMap<String, (ServiceKey, Option<u16>)>,
     pub backoff: u64,
     pub max_backoff: u64,
+}
+
+/// Where a module comes from.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ModuleSource {
+    /// Path, joined to the directory of the YAML file where it is relative
+    File(String),
+    /// `http://` or `https://`
+    Url(String),
+    /// `<registry>/<repository>[:<tag>][@sha256:<digest>]`
+    Oci(String),
+    /// Given to the control plane by digest (`outrigger filter push`)
+    Pushed,
+}
+
+impl ModuleSource {
+    /// The field of a WasmFilter that names it.
+    pub fn field(&self) -> &'static str {
+        match self {
+            Self::File(_) => "spec.module.file",
+            Self::Url(_) => "spec.module.url",
+            Self::Oci(_) => "spec.module.oci",
+            Self::Pushed => "spec.module.sha256",
+        }
+    }
+
+    /// It is on another host.
+    pub fn is_remote(&self) -> bool {
+        matches!(self, Self::Url(_) | Self::Oci(_))
+    }
+}
+
+impl std::fmt::Display for ModuleSource {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::File(place) | Self::Url(place) | Self::Oci(place) => f.write_str(place),
+            Self::Pushed => f.write_str("the module"),
+        }
+    }
 }
 
 #[derive(Debug, Deserialize)]
@@ -82,12 +122,10 @@ enum FailurePolicy {
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Module {
-    file: String,
+    file: Option<String>,
+    url: Option<String>,
+    oci: Option<String>,
     sha256: Option<String>,
-    #[serde(rename = "url")]
-    _url: Option<NotYet>,
-    #[serde(rename = "oci")]
-    _oci: Option<NotYet>,
 }
 
 #[derive(Debug, Deserialize, Default)]
@@ -126,13 +164,7 @@ pub(crate) fn read(spec: &Value, namespace: &str, yaml: &str) -> Result<WasmFilt
         let field = format!("spec.targetRefs[{index}].kind");
         return Err(Bad::new(field, "a filter on a route is not supported yet; Service and Namespace are"));
     }
-    if spec.module.file.is_empty() {
-        return Err(Bad::new("spec.module.file", "missing; it is required"));
-    }
-    let sha256 = spec.module.sha256.map(|digest| digest.to_ascii_lowercase());
-    if let Some(digest) = sha256.as_ref().filter(|digest| digest.len() != 64 || hex::decode(digest).is_err()) {
-        return Err(Bad::new("spec.module.sha256", format!("`{digest}` is not 64 hexadecimal digits")));
-    }
+    let (module, sha256) = source(spec.module, yaml)?;
     let memory = spec.limits.memory.map_or(16 << 20, |size| size.0);
     if memory < 1 << 16 {
         return Err(Bad::new("spec.limits.memory", "less than one page of WebAssembly (64Ki)"));
@@ -160,7 +192,7 @@ pub(crate) fn read(spec: &Value, namespace: &str, yaml: &str) -> Result<WasmFilt
         targets,
         outbound: spec.direction == Direction::Outbound,
         order: spec.order,
-        module: relative_to(yaml, &spec.module.file),
+        module,
         sha256,
         root_id: spec.root_id,
         configuration: text(&spec.configuration),
@@ -177,6 +209,65 @@ pub(crate) fn read(spec: &Value, namespace: &str, yaml: &str) -> Result<WasmFilt
         backoff,
         max_backoff,
     })
+}
+
+/// Exactly one source, and the digest of the module. What is fetched over a network is pinned, so that nobody but the author of
+/// the resource decides what runs.
+fn source(module: Module, yaml: &str) -> Result<(ModuleSource, Option<String>), Bad> {
+    let sha256 = module.sha256.map(|digest| digest.to_ascii_lowercase());
+    if let Some(digest) = sha256.as_ref().filter(|digest| !is_digest(digest)) {
+        return Err(Bad::new("spec.module.sha256", format!("`{digest}` is not 64 hexadecimal digits")));
+    }
+    let source = match (module.file, module.url, module.oci) {
+        (Some(file), None, None) if !file.is_empty() => ModuleSource::File(relative_to(yaml, &file)),
+        (None, Some(url), None) => ModuleSource::Url(http_url(url)?),
+        (None, None, Some(oci)) => ModuleSource::Oci(reference(oci)?),
+        (None, None, None) if sha256.is_some() => ModuleSource::Pushed,
+        (None | Some(_), None, None) => {
+            let message = "names no module; write one of file, url, oci, or the sha256 of a pushed one";
+            return Err(Bad::new("spec.module", message));
+        }
+        _ => return Err(Bad::new("spec.module", "has more than one of file, url and oci; keep one")),
+    };
+    let pinned = matches!(&source, ModuleSource::Oci(reference) if reference.contains("@sha256:"));
+    if source.is_remote() && sha256.is_none() && !pinned {
+        let message = match source {
+            ModuleSource::Oci(_) => "missing; it is required where `oci` has no @sha256:<digest>",
+            _ => "missing; it is required with `url`",
+        };
+        return Err(Bad::new("spec.module.sha256", message));
+    }
+    Ok((source, sha256))
+}
+
+fn is_digest(text: &str) -> bool {
+    text.len() == 64 && text.bytes().all(|byte| byte.is_ascii_hexdigit())
+}
+
+fn http_url(url: String) -> Result<String, Bad> {
+    let parsed = url.parse::<http::Uri>().ok();
+    let scheme = parsed.as_ref().and_then(http::Uri::scheme_str);
+    let plain = parsed.as_ref().is_some_and(|uri| uri.authority().is_some_and(|host| !host.as_str().contains('@')));
+    if matches!(scheme, Some("http" | "https")) && plain {
+        return Ok(url);
+    }
+    Err(Bad::new("spec.module.url", format!("`{url}` is not an http:// or https:// URL without credentials")))
+}
+
+/// The shape only: a registry, a repository, and what selects one of its images.
+fn reference(oci: String) -> Result<String, Bad> {
+    let (name, digest) = oci.split_once("@sha256:").map_or((oci.as_str(), None), |(name, digest)| (name, Some(digest)));
+    let registry = name.split_once('/').is_some_and(|(registry, rest)| {
+        let host = registry == "localhost" || registry.contains(['.', ':']);
+        host && !rest.is_empty() && !name.contains("//") && !name.contains("://")
+    });
+    let plain = name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"./-_:[]".contains(&byte));
+    if registry && plain && digest.is_none_or(is_digest) {
+        return Ok(oci);
+    }
+    let message =
+        format!("`{oci}` is not <registry>/<repository>[:<tag>][@sha256:<digest>], the registry with a dot or a port");
+    Err(Bad::new("spec.module.oci", message))
 }
 
 /// The services that call-outs may reach: no other host, so that a filter opens no way out of the mesh.
