@@ -12,13 +12,13 @@ HOST = "svc-0.mesh"  # what the load asks for: a service of every peer's configu
 TRACEPARENT = re.compile(r"^00-[0-9a-f]{32}-[0-9a-f]{16}-0[01]$")
 
 
-def http1(port, method="GET", body=b"", tls=None, sock=None, close=True, path="/svc-0/", headers=""):
+def http1(port, method="GET", body=b"", tls=None, sock=None, close=True, path="/svc-0/", headers="", host=HOST):
     """-> (status, headers dict, body); raises OSError when refused."""
     s = sock or socket.create_connection(("127.0.0.1", port), 5)
     if tls:
         s = tls.wrap_socket(s, server_hostname="inbound.mesh.test")
     s.settimeout(5)
-    h = "%s %s HTTP/1.1\r\nHost: %s\r\n%s" % (method, path, HOST, headers)
+    h = "%s %s HTTP/1.1\r\nHost: %s\r\n%s" % (method, path, host, headers)
     if body:
         h += "Content-Length: %d\r\n" % len(body)
     s.sendall((h + ("Connection: close\r\n" if close else "") + "\r\n").encode() + body)

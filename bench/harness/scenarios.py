@@ -2,6 +2,7 @@
 import statistics
 
 from . import Skip
+from .footprint import memory, mesh_memory, start
 from .session import Session
 
 
@@ -203,5 +204,8 @@ SCENARIOS = {
     "grpc-unary": Scenario("128-byte calls through both sidecars", grpc("unary"), "h2-mtls-pair", PAIR),
     "grpc-stream": Scenario("128-byte messages on streams through both sidecars", grpc("stream"), "h2-mtls-pair", ["cpu_us_msg", "messages_per_s", "proxy_core_util", "others_on_core"]),
     "access-log": Scenario("JSON line for every request, over Errors only", access_log, "h1-single", ["all_vs_errors", "all_us", "errors_us", "lines", "dropped"], only=OURS),
+    "memory": Scenario("idle; per idle connection after one request; per service", memory, "h1-mtls-pair", ["rss_idle", "anon_idle", "kib_per_conn", "kib_per_mtls_conn", "rss_3000conn", "rss_services", "kib_per_service"]),
+    "mesh-memory": Scenario("1,000 services known to the control plane: none, 10, all used", mesh_memory, "h1-single", ["kib_per_used", "used_10_mib", "rss_idle", "rss_10", "rss_all", "anon_kib_per_used"], only=OURS, needs=("control",)),
+    "start": Scenario("from exec to ready with a certificate; size of the binary", start, "h1-single", ["ready_ms", "ready_ms_max", "binary_mb"], only=OURS, needs=("control",)),
     "workers": Scenario("two workers against one, and how they share", workers, "h1-single", ["two_vs_one", "one_us", "two_us"] + ["%s_share_%d" % (v, n) for v in ("h1", "h2") for n in (4, 8, 64)], only=OURS),
 }
