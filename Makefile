@@ -32,6 +32,7 @@ lint: setup ## format, clippy with warnings denied, layers, status table
 	@scripts/lint.sh
 
 bench: setup ## the comparison with Envoy, HAProxy and nginx (ARGS= for bench/bench.py)
+	@scripts/setup.sh --bench
 	@echo "==> building the release binaries, and the filter of the comparison"
 	@cargo build --workspace --bins --locked --release
 	@filters/build.sh bench/wasm

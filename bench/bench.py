@@ -78,6 +78,7 @@ class Run:
         self.certs = prepare.make_certs(self.tmp)
         own = process.own_network()
         self.cli = peers.Outrigger.beside("outrigger") if own else None
+        self.valgrind = shutil.which("valgrind")
         self.control = peers.Outrigger.beside("outrigger-control")
 
     def note(self, text):
@@ -98,7 +99,7 @@ class Run:
         s = SCENARIOS[name]
         got = {n: [] for n in (["direct"] if s.direct else []) + self.names}
         why = {n: no for n in got if (no := s.lacks(peers.ALL[n], self))}
-        for rep in range(self.a.reps):
+        for rep in range(min(self.a.reps, s.rounds or self.a.reps)):
             for n in got:
                 if n in why:
                     continue

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Installs what building and testing Outrigger need, on Debian and Ubuntu. Quick when nothing is missing.
 #   setup.sh         do it
+#   setup.sh --bench also what bench/ compares with, as far as apt has it
 #   setup.sh --venv  print where the Python environment of the tests is
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -35,17 +36,20 @@ apt_install() {
         as_root apt-get update -q
         updated=yes
     fi
-    as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends "$@"
+    # Without a runlevel nothing that is installed is started.
+    as_root env DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 apt-get install -y -q --no-install-recommends "$@"
 }
 
 # What a package is needed for, as "command:package".
 tools=(cc:build-essential curl:curl ip:iproute2 nft:nftables setpriv:util-linux openssl:openssl
     h2load:nghttp2-client wrk:wrk python3:python3 valgrind:valgrind)
+if [ "${1:-}" = --bench ]; then tools+=(nginx:nginx haproxy:haproxy); fi
 packages=()
 PATH="$PATH:/usr/sbin:/sbin"
 for tool in "${tools[@]}"; do
     command -v "${tool%%:*}" >/dev/null || packages+=("${tool##*:}")
 done
+if [ "${1:-}" = --bench ] && ! [ -e /usr/lib/nginx/modules/ngx_stream_module.so ]; then packages+=(libnginx-mod-stream); fi
 [ -e /etc/ssl/certs/ca-certificates.crt ] || packages+=(ca-certificates)
 # ensurepip is what Debian splits off into python3-venv.
 if command -v python3 >/dev/null && ! python3 -c 'import ensurepip, venv' 2>/dev/null; then packages+=(python3-venv); fi

@@ -1,8 +1,12 @@
 """What is measured: each scenario is f(run, peer's name) -> metrics of one round."""
 import statistics
+import time
+from concurrent.futures import ThreadPoolExecutor
 
-from . import Skip
+from . import Invalid, Skip
+from .check import Counters
 from .footprint import memory, mesh_memory, start
+from .instructions import wasm_instructions
 from .session import Session
 
 
@@ -10,12 +14,14 @@ class Scenario:
     """How a scenario is run and shown.
 
     columns: of the printed table, the first one is what ratios are made of; ratios: further keys to make ratios of;
-    direct: "direct" takes part; only: the peers that can; topology and group: what a peer has to support.
+    direct: "direct" takes part; only: the peers that can; topology and group: what a peer has to support; rounds: at most so many,
+    where one is as good as five.
     """
 
-    def __init__(self, what, run, topology, columns, ratios=(), direct=False, only=None, group=None, needs=()):
+    def __init__(self, what, run, topology, columns, ratios=(), direct=False, only=None, group=None, needs=(), rounds=None):
         self.what, self.run, self.topology, self.columns = what, run, topology, columns
         self.ratios, self.direct, self.only, self.group, self.needs = [columns[0]] + list(ratios), direct, only, group, needs
+        self.rounds = rounds
 
     def lacks(self, peer, run):
         """Why this peer cannot take part."""
@@ -25,7 +31,7 @@ class Scenario:
             return "n/a"
         for need in self.needs:
             if not getattr(run, need):
-                return "skipped: " + {"wasm": "WASM_FILTER is not set", "cli": "no `outrigger` beside the proxy, or not root", "control": "no outrigger-control beside the proxy"}[need]
+                return "skipped: " + {"wasm": "WASM_FILTER is not set", "cli": "no `outrigger` beside the proxy, or not root", "control": "no outrigger-control beside the proxy", "valgrind": "valgrind is not installed"}[need]
         return peer.supports(self.topology) or (self.group and peer.has_group(self.group))
 
 
@@ -165,22 +171,36 @@ def workers(run, name):
                 slices[side].append(s.measured(lambda: s.tool("closed", run.a.secs / 2, run.a.conns))["cpu_us_req"])
             sides = sides[::-1]
         for conns in (4, 8, 64):
-            r["h1_share_%d" % conns] = share(two, lambda: two.tool("closed", run.a.secs / 4, conns))
+            r["h1_share_%d" % conns], most = share(two, lambda: two.tool("closed", max(0.5, run.a.secs / 4), conns), conns)
+            if conns == 4:
+                r["h1_most_of_4"] = most
     with Session(run, name, "h2-mtls-pair", spread=True, workers=2) as two:
         for conns in (4, 8, 64):
-            r["h2_share_%d" % conns] = share(two, lambda: two.h2load(run.a.secs / 4, conns, 10))
+            two.h2load(WARM / 2, conns, 10)
+            r["h2_share_%d" % conns], most = share(two, lambda: two.h2load(max(1, run.a.secs / 4), conns, 10), conns)
+            if conns == 4:
+                r["h2_most_of_4"] = most
     one, two = (statistics.mean(slices[n]) for n in (1, 2))
     return {"two_vs_one": two / one, "one_us": one, "two_us": two, **r}
 
 
-def share(s, load):
-    """The busiest worker's requests, over its fair share, at the proxy that clients connect to."""
-    from .check import Counters
+def share(s, load, conns):
+    """The busiest worker's requests over its fair share, at the proxy that clients connect to; and how many of the connections
+    one worker had, while the load ran."""
     role = next(role for role, (_, direction) in s.peer.admin.items() if direction == "outbound")
-    counters = Counters(s.peer, [role])
-    load()
+    counters, most = Counters(s.peer, [role]), None
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(load)
+        while not running.done():
+            held = [worker["outbound"] for worker in counters.read()[role]["workers"]]
+            if sum(held) == conns:
+                most = max(held)
+            time.sleep(0.02)
+        running.result()
+    if most is None:
+        raise Invalid("the %d connections were never seen together" % conns)
     took = counters.workers(role)
-    return max(took) / (sum(took) / len(took))
+    return max(took) / (sum(took) / len(took)), most
 
 
 PAIR = ["cpu_us_req", "cpu_us_req_outbound", "cpu_us_req_inbound", "rps", "sys_share", "proxy_core_util", "others_on_core"]
@@ -195,6 +215,7 @@ SCENARIOS = {
     "h1-mtls-pair-post16k": Scenario("16 KiB POST, echoed", closed("h1-mtls-pair", post=16384), "h1-mtls-pair", PAIR),
     "h2-mtls-pair": Scenario("1 KiB GET over HTTP/2 all the way", h2, "h2-mtls-pair", PAIR, direct=True),
     "wasm-added": Scenario("CPU that a Proxy-Wasm filter adds (three header calls)", wasm_added, "h1-wasm", ["added_us", "with_us", "without_us"], needs=("wasm",), only=("envoy", "outrigger")),
+    "wasm-instructions": Scenario("the same in instructions", wasm_instructions, "h1-wasm", ["added_instructions", "with_instructions", "without_instructions"], needs=("wasm", "valgrind"), only=("envoy", "outrigger"), rounds=1),
     "conn-rate-x25519": Scenario("new mTLS connection, one GET", conn_rate("x25519"), "h1-mtls-pair", ["mtls_conn_ms", "plain_conn_ms", "handshake_net_ms", "mtls_conn_per_s", "proxy_core_util", "others_on_core"], group="x25519"),
     "conn-rate-x25519mlkem768": Scenario("new mTLS connection with hybrid key exchange, one GET", conn_rate("x25519mlkem768"), "h1-mtls-pair", ["mtls_conn_ms", "mtls_conn_per_s", "proxy_core_util", "others_on_core"], group="x25519mlkem768"),
     "tail-latency": Scenario("both sidecars at a constant rate", tail, "h1-mtls-pair", ["cpu_us_req", "added_p50_us", "added_p99_us", "p50_us", "p99_us", "others_on_core"], ratios=["added_p50_us"], direct=True),
@@ -207,5 +228,5 @@ SCENARIOS = {
     "memory": Scenario("idle; per idle connection after one request; per service", memory, "h1-mtls-pair", ["rss_idle", "anon_idle", "kib_per_conn", "kib_per_mtls_conn", "rss_3000conn", "rss_services", "kib_per_service"]),
     "mesh-memory": Scenario("1,000 services known to the control plane: none, 10, all used", mesh_memory, "h1-single", ["kib_per_used", "used_10_mib", "rss_idle", "rss_10", "rss_all", "anon_kib_per_used"], only=OURS, needs=("control",)),
     "start": Scenario("from exec to ready with a certificate; size of the binary", start, "h1-single", ["ready_ms", "ready_ms_max", "binary_mb"], only=OURS, needs=("control",)),
-    "workers": Scenario("two workers against one, and how they share", workers, "h1-single", ["two_vs_one", "one_us", "two_us"] + ["%s_share_%d" % (v, n) for v in ("h1", "h2") for n in (4, 8, 64)], only=OURS),
+    "workers": Scenario("two workers against one, and how they share", workers, "h1-single", ["two_vs_one", "one_us", "two_us", "h1_most_of_4", "h2_most_of_4"] + ["%s_share_%d" % (v, n) for v in ("h1", "h2") for n in (4, 8, 64)], only=OURS),
 }

@@ -15,11 +15,12 @@ from peers import ALL, Options
 class Spawn:
     """How a peer starts its processes."""
 
-    def __init__(self, cpus, folder):
+    def __init__(self, cpus, folder, wrap=()):
         self.cpus, self.folder = cpus, folder
+        self.wrap = [part.format(dir=folder) for part in wrap]
 
     def __call__(self, argv, role):
-        return spawn_on(self.cpus, argv, role, os.path.join(self.folder, role + ".log"))
+        return spawn_on(self.cpus, self.wrap + argv, role, os.path.join(self.folder, role + ".log"))
 
     free_port = staticmethod(free_port)
 
@@ -39,24 +40,24 @@ class Interception:
 
 
 class Session:
-    """Backend + one started peer. Proxies on one core, load and backend on another, unless `spread`."""
+    """Backend + one started peer. Proxies on one core, load and backend on another, unless `spread`. `wrap`: what each proxy is
+    run under; `patience`: seconds until it has to be ready."""
 
-    def __init__(self, run, name, topology, spread=False, backend_ip="127.0.0.1", **options):
+    def __init__(self, run, name, topology, spread=False, wrap=(), patience=25, **options):
         self.run, self.topology = run, topology
         self.dir = tempfile.mkdtemp(dir=run.tmp)
         self.proxy_cpus, self.load_cpus = (set(process.CPUS),) * 2 if spread else (PROXY_CPU, LOAD_CPU)
         self.ports = {"client": free_port(), "mtls": free_port(), "backend": free_port()}
-        self.peer = ALL[name](Spawn(self.proxy_cpus, self.dir), self.dir, Options(wasm=run.wasm, **options))
+        self.peer = ALL[name](Spawn(self.proxy_cpus, self.dir, wrap), self.dir, Options(wasm=run.wasm, **options))
         self.back, self.procs, self.rules, self.rate = [], [], None, 2000.0
         try:
-            kind, more = ("tcp", []) if topology.startswith("tcp") else ("backend", ["--ip", backend_ip])
-            command = [run.tool, kind, "--port", str(self.ports["backend"])] + more
+            command = [run.tool, "tcp" if topology.startswith("tcp") else "backend", "--port", str(self.ports["backend"])]
             self.back = [spawn_on(self.load_cpus, command, "backend", os.path.join(self.dir, "backend.log"))]
             if topology == "tcp-mtls-pair" and run.cli:
                 # For every peer alike: connection tracking costs something.
                 self.rules, self.ports["intercepted"] = Interception(run, self.ports["client"]), 1
             self.procs = self.peer.start(topology, self.ports, run.certs)
-            wait_ready(self.peer, topology, self.ports, self.procs + self.back)
+            wait_ready(self.peer, topology, self.ports, self.procs + self.back, patience)
             verify(self.peer, topology, self.ports, run.certs, self._verifying)
             if name == "outrigger" and topology not in run.effective:
                 run.effective[topology] = self.peer.effective()
@@ -117,6 +118,13 @@ class Session:
             raise Invalid("h2load: " + out[-600:])
         took = re.search(r"finished in ([\d.]+)(us|ms|s)", out)
         return {"total": n, "secs": float(took.group(1)) * {"us": 1e-6, "ms": 1e-3, "s": 1}[took.group(2)]}
+
+    def h1_requests(self, n):
+        """Exactly `n` requests over HTTP/1."""
+        argv = ["h2load", "--h1", "-c4", "-n%d" % n, "-H:authority: " + HOST, "http://127.0.0.1:%d/svc-0/" % self.ports["client"]]
+        rc, out = out_of(argv, 240, self.load_cpus)
+        if rc or "%d succeeded" % n not in out:
+            raise Invalid("h2load --h1: " + out[-400:])
 
     # ---------------------------------------------------------------- measuring
     def measured(self, load, roles=None, kind="http", count=None):

@@ -35,7 +35,9 @@ TARGETS = [
     Target("from exec to ready, certificate included", "start", "ready_ms", 100, "ms"),
     Target("release binary of the proxy, stripped", "start", "binary_mb", 30, "MB"),
     Target("CPU per request, 2 workers over 1", "workers", "two_vs_one", 1.05, "×"),
-] + [Target("busiest of 2 workers, %d %s connections" % (n, v), "workers", "%s_share_%d" % (k, n), 1.25 if n > 4 else 1.0, "of its share")
+    Target("of 4 HTTP/1 connections, most on one of 2 workers", "workers", "h1_most_of_4", 2, "connections"),
+    Target("of 4 HTTP/2 connections, most on one of 2 workers", "workers", "h2_most_of_4", 2, "connections"),
+] + [Target("requests of the busiest of 2 workers, %d %s connections" % (n, v), "workers", "%s_share_%d" % (k, n), 1.25, "of its share")
      for k, v in (("h1", "HTTP/1"), ("h2", "HTTP/2")) for n in (4, 8, 64)]
 
 

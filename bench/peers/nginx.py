@@ -53,7 +53,7 @@ events {{ worker_connections 20000; }}
             first = (" backlog=8192" if opaque else " default_server backlog=8192") if i == 0 else ""
             listen = "listen 127.0.0.1:%d%s%s;" % (port, " ssl" if listen_tls else "", first)
             if opaque:
-                srvs.append("  server { %s proxy_pass u%d; proxy_ssl %s; }" % (listen, i, "on" if up_tls else "off"))
+                srvs.append("  server { %s proxy_pass u%d; proxy_ssl %s; proxy_half_close on; }" % (listen, i, "on" if up_tls else "off"))
             else:
                 srvs.append("  server { %s server_name svc-%d.mesh; location / { proxy_pass %s://u%d; } }" % (
                     listen, i, "https" if up_tls else "http", i))
