@@ -17,7 +17,7 @@ class Haproxy(Peer):
 
     CONF = """global
   nbthread {workers}
-  maxconn 9000
+  maxconn {maxconn}
   ssl-default-bind-ciphersuites {suite}
   ssl-default-server-ciphersuites {suite}
 defaults
@@ -44,7 +44,8 @@ frontend f
             m = self.file("haproxy-%s.map" % role, "".join("svc-%d.mesh b%d\n" % (i, i) for i in range(self.options.services)))
             use = "use_backend %%[req.hdr(host),field(1,:),lower,map_str(%s,b0)]" % m
         mode, more = ("tcp", "option splice-auto") if opaque else ("http", "http-reuse always")
-        conf = self.CONF.format(suite=SUITE, workers=self.options.workers, mode=mode, more=more, port=port, bind=bind, use=use, backends="\n".join(backs))
+        # Splicing takes descriptors for pipes as well.
+        conf = self.CONF.format(maxconn=1000 if opaque else 9000, suite=SUITE, workers=self.options.workers, mode=mode, more=more, port=port, bind=bind, use=use, backends="\n".join(backs))
         return self.spawn([self.bin, "-db", "-q", "-f", self.file("haproxy-%s.cfg" % role, conf)], role)
 
     def start(self, topology, ports, certs):
