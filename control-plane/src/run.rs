@@ -31,7 +31,6 @@ use crate::flags::Flags;
 use crate::grants::Grants;
 use crate::mesh::{Mesh, Settings};
 use crate::metrics::Metrics;
-use crate::modules::remote::Fetcher;
 use crate::proxies::Proxies;
 use crate::refusals::Refusals;
 use crate::tls::{ServerCert, Terminator};
@@ -152,7 +151,6 @@ impl Control {
         };
 
         let certificate = ServerCert::new(authority.clone())?;
-        let fetcher = Fetcher::new(flags.registry_config.clone()).context("a client for modules on other hosts")?;
         let grpc = bind("--grpc", flags.grpc).await?;
         let http = bind("--http", flags.http).await?;
         let (grpc_address, http_address) = (grpc.local_addr()?, http.local_addr()?);
@@ -162,7 +160,6 @@ impl Control {
             tokio::spawn(async move { axum::serve(http, api.router()).with_graceful_shutdown(told(stopping)).await });
         let tasks = vec![
             tokio::spawn(mesh.clone().run(changes)),
-            tokio::spawn(modules::follow::follow(mesh.clone(), fetcher)),
             tokio::spawn(certificate.run()),
             tokio::spawn(follow_lifetime(mesh.clone(), authority)),
         ];
