@@ -19,7 +19,8 @@ def wasm_instructions(run, name):
 
 
 def per_request(run, name, topology):
-    wrap = [shutil.which("valgrind"), "--tool=callgrind", "--callgrind-out-file={dir}/callgrind.%p"]
+    # Children too: the filter's compiler has to see the same processor as the proxy does, which is valgrind's.
+    wrap = [shutil.which("valgrind"), "--tool=callgrind", "--trace-children=yes", "--callgrind-out-file={dir}/callgrind.%p"]
     with Session(run, name, topology, wrap=wrap, patience=240) as s:
         pid = str(s.procs[0].pid)
         s.h1_requests(200)  # fills the upstream pool, and makes V8 compile what it wants to compile
