@@ -111,7 +111,8 @@ def conn_rate(group):
 
 def tail(run, name):
     with Session(run, name, "h1-mtls-pair") as s:
-        r = s.measured(lambda: s.tool("openloop", run.a.secs * 2, run.a.conns, rate=run.a.rate, warmup=1) | {"secs": run.a.secs * 2 + 1})
+        secs = run.a.secs * 1.5
+        r = s.measured(lambda: s.tool("openloop", secs, run.a.conns, rate=run.a.rate, warmup=0.5) | {"secs": secs + 0.5})
     r.update({k: r["load"][k] for k in ("p50_us", "p90_us", "p99_us", "p999_us")})
     d = r if name == "direct" else run.direct_round
     if name == "direct":
@@ -225,8 +226,8 @@ SCENARIOS = {
     "grpc-unary": Scenario("128-byte calls through both sidecars", grpc("unary"), "h2-mtls-pair", PAIR),
     "grpc-stream": Scenario("128-byte messages on streams through both sidecars", grpc("stream"), "h2-mtls-pair", ["cpu_us_msg", "messages_per_s", "proxy_core_util", "others_on_core"]),
     "access-log": Scenario("JSON line for every request, over Errors only", access_log, "h1-single", ["all_vs_errors", "all_us", "errors_us", "lines", "dropped"], only=OURS),
-    "memory": Scenario("idle; per idle connection after one request; per service", memory, "h1-mtls-pair", ["rss_idle", "anon_idle", "kib_per_conn", "kib_per_mtls_conn", "rss_3000conn", "rss_services", "kib_per_service"]),
-    "mesh-memory": Scenario("1,000 services known to the control plane: none, 10, all used", mesh_memory, "h1-single", ["kib_per_used", "used_10_mib", "rss_idle", "rss_10", "rss_all", "anon_kib_per_used"], only=OURS, needs=("control",)),
+    "memory": Scenario("idle; per idle connection after one request; per service", memory, "h1-mtls-pair", ["rss_idle", "anon_idle", "kib_per_conn", "kib_per_mtls_conn", "rss_3000conn", "rss_services", "kib_per_service"], rounds=3),
+    "mesh-memory": Scenario("1,000 services known to the control plane: none, 10, all used", mesh_memory, "h1-single", ["kib_per_used", "used_10_mib", "rss_idle", "rss_10", "rss_all", "anon_kib_per_used"], only=OURS, needs=("control",), rounds=3),
     "start": Scenario("from exec to ready with a certificate; size of the binary", start, "h1-single", ["ready_ms", "ready_ms_max", "binary_mb"], only=OURS, needs=("control",)),
     "workers": Scenario("two workers against one, and how they share", workers, "h1-single", ["two_vs_one", "one_us", "two_us", "h1_most_of_4", "h2_most_of_4"] + ["%s_share_%d" % (v, n) for v in ("h1", "h2") for n in (4, 8, 64)], only=OURS),
 }

@@ -10,7 +10,7 @@ STYLE = """
     .envoy { fill: #6e7681; } .nginx { fill: #3fb950; } .haproxy { fill: #388bfd; } .outrigger { fill: #f0883e; } .target { stroke: #ff7b72; }
   }
 """
-LEFT, WIDTH, BAR, GAP = 190, 760, 13, 14
+LEFT, WIDTH, BAR, GAP = 240, 800, 13, 14
 
 
 def chart(title, groups, unit, names, top=None, mark=None):
