@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::task::Waker;
 
 use bytes::Bytes;
-use http::{HeaderMap, request, response};
+use http::{HeaderMap, HeaderValue, request, response};
 
 use super::local::is_grpc;
 use super::stream::{At, Data, Slot, Waiter};
@@ -236,9 +236,24 @@ impl Chain {
         direction.out_end.is_some().then_some(direction.held_out)
     }
 
-    /// Trailers are on their way out or may still come.
-    pub fn has_trailers(&self, flow: Flow) -> bool {
-        self.0.stream.data().trailers_mut(flow).is_some()
+    /// Nothing more of a direction comes out: a filter saw to that.
+    pub fn is_cut(&self, flow: Flow) -> bool {
+        self.0.state.borrow_mut().of(flow).cut
+    }
+
+    /// No filter holds or has let go anything behind the head of a direction.
+    pub fn is_clear(&self, flow: Flow) -> bool {
+        let empty = self.0.stream.data().slots.iter().all(|slot| slot.stage(flow).body.is_empty());
+        let mut state = self.0.state.borrow_mut();
+        let direction = state.of(flow);
+        empty && direction.out.is_empty() && direction.out_end.is_none()
+    }
+
+    /// For the `Trailer` header: names of the trailers that are on their way out.
+    pub fn trailer_names(&self, flow: Flow) -> Option<HeaderValue> {
+        let mut data = self.0.stream.data();
+        let names: Vec<&str> = data.trailers_mut(flow).as_ref()?.keys().map(http::HeaderName::as_str).collect();
+        HeaderValue::from_str(&names.join(", ")).ok().filter(|names| !names.is_empty())
     }
 
     /// Room for more: while filters hold as much as they may, nothing should be read.
@@ -267,6 +282,11 @@ impl Chain {
     /// Why the exchange does not go on, once.
     pub fn stop(&self) -> Option<Stop> {
         self.0.state.borrow_mut().stop.take()
+    }
+
+    /// Puts back what [`Chain::stop`] gave.
+    pub fn stop_again(&self, stop: Stop) {
+        self.0.state.borrow_mut().stop = Some(stop);
     }
 
     /// There is something for [`Chain::stop`].

@@ -10,6 +10,8 @@ mod local;
 mod plugin;
 mod report;
 mod stream;
+#[cfg(test)]
+mod tests;
 pub mod wasm;
 
 pub use buffer::Buffer;

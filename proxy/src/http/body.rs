@@ -16,6 +16,7 @@ use hyper::body::Incoming;
 use tokio::time::Sleep;
 
 use super::exchange::Running;
+use super::filtered::{FilteredRequest, FilteredResponse};
 use super::made::Made;
 
 /// Any failure of a body; hyper closes or resets what it was part of.
@@ -32,10 +33,48 @@ pub struct RequestBody {
     gate: Option<Gate>,
 }
 
+/// A client's body.
+#[derive(Debug)]
+pub enum ClientBody {
+    /// As it came
+    Plain(Incoming),
+    /// Through filters
+    Filtered(Box<FilteredRequest>),
+    /// It was taken elsewhere
+    Taken,
+}
+
+impl ClientBody {
+    fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        match self {
+            Self::Plain(body) => Pin::new(body).poll_frame(cx).map_err(Into::into),
+            Self::Filtered(body) => body.poll_frame(cx),
+            Self::Taken => Poll::Ready(None),
+        }
+    }
+
+    /// There is nothing more.
+    pub(super) fn is_end_stream(&self) -> bool {
+        match self {
+            Self::Plain(body) => body.is_end_stream(),
+            Self::Filtered(body) => body.is_end_stream(),
+            Self::Taken => true,
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match self {
+            Self::Plain(body) => body.size_hint(),
+            Self::Filtered(body) => body.size_hint(),
+            Self::Taken => SizeHint::with_exact(0),
+        }
+    }
+}
+
 #[derive(Debug)]
 enum Source {
     Empty,
-    Incoming(Incoming),
+    Client(ClientBody),
     /// Of a call-out
     Made(Made),
     Replay {
@@ -53,8 +92,8 @@ impl RequestBody {
     }
 
     /// The client's body, passed through untouched.
-    pub fn incoming(body: Incoming) -> Self {
-        Self { source: Source::Incoming(body), gate: None }
+    pub(super) fn client(body: ClientBody) -> Self {
+        Self { source: Source::Client(body), gate: None }
     }
 
     /// A body that the proxy makes itself.
@@ -63,9 +102,9 @@ impl RequestBody {
     }
 
     /// The client's body, if this is it.
-    pub(super) fn into_incoming(self) -> Option<Incoming> {
+    pub(super) fn into_client(self) -> Option<ClientBody> {
         match self.source {
-            Source::Incoming(body) => Some(body),
+            Source::Client(body) => Some(body),
             Source::Empty | Source::Made(_) | Source::Replay { .. } => None,
         }
     }
@@ -89,7 +128,7 @@ impl Body for RequestBody {
         }
         match &mut self.source {
             Source::Empty => Poll::Ready(None),
-            Source::Incoming(body) => Pin::new(body).poll_frame(cx).map_err(Into::into),
+            Source::Client(body) => body.poll_frame(cx),
             Source::Made(body) => body.poll_frame(cx).map(|frame| frame.map(Ok)),
             Source::Replay { buffer, position, trailers_sent, attempt } => {
                 buffer.poll_frame(cx, *attempt, position, trailers_sent)
@@ -100,7 +139,7 @@ impl Body for RequestBody {
     fn is_end_stream(&self) -> bool {
         match &self.source {
             Source::Empty => true,
-            Source::Incoming(body) => body.is_end_stream(),
+            Source::Client(body) => body.is_end_stream(),
             Source::Made(body) => body.is_end(),
             Source::Replay { buffer, position, trailers_sent, .. } => buffer.is_end(*position, *trailers_sent),
         }
@@ -109,7 +148,7 @@ impl Body for RequestBody {
     fn size_hint(&self) -> SizeHint {
         match &self.source {
             Source::Empty => SizeHint::with_exact(0),
-            Source::Incoming(body) => body.size_hint(),
+            Source::Client(body) => body.size_hint(),
             Source::Made(body) => body.size_hint(),
             Source::Replay { buffer, .. } => buffer.0.borrow().size,
         }
@@ -160,7 +199,7 @@ pub struct ReplayBuffer(Rc<RefCell<Replay>>);
 
 #[derive(Debug)]
 struct Replay {
-    source: Option<Incoming>,
+    source: Option<ClientBody>,
     chunks: Vec<Bytes>,
     trailers: Option<HeaderMap>,
     buffered: usize,
@@ -174,7 +213,7 @@ struct Replay {
 
 impl ReplayBuffer {
     /// A buffer over the client's body that keeps at most `limit` bytes.
-    pub fn new(source: Incoming, limit: usize) -> Self {
+    pub fn new(source: ClientBody, limit: usize) -> Self {
         let size = source.size_hint();
         Self(Rc::new(RefCell::new(Replay {
             source: Some(source),
@@ -204,7 +243,7 @@ impl ReplayBuffer {
 
     fn is_end(&self, position: usize, trailers_sent: bool) -> bool {
         let replay = self.0.borrow();
-        let source_ended = replay.source.as_ref().is_none_or(Body::is_end_stream);
+        let source_ended = replay.source.as_ref().is_none_or(ClientBody::is_end_stream);
         source_ended && position == replay.chunks.len() && (trailers_sent || replay.trailers.is_none())
     }
 
@@ -224,14 +263,14 @@ impl ReplayBuffer {
             return Poll::Ready(Some(Ok(Frame::data(chunk.clone()))));
         }
         let frame = match &mut replay.source {
-            Some(source) => std::task::ready!(Pin::new(source).poll_frame(cx)),
+            Some(source) => std::task::ready!(source.poll_frame(cx)),
             None => None,
         };
         let frame = match frame {
             Some(Ok(frame)) => frame,
             Some(Err(error)) => {
                 replay.lost = true;
-                return Poll::Ready(Some(Err(error.into())));
+                return Poll::Ready(Some(Err(error)));
             }
             None => {
                 replay.source = None;
@@ -291,6 +330,8 @@ enum Response {
     Full(Option<Bytes>),
     /// Boxed: hyper keeps a body in each connection, and most of them are idle.
     Upstream(Box<Upstream>),
+    /// The same through filters
+    Filtered(Box<FilteredResponse>),
 }
 
 struct Upstream {
@@ -322,6 +363,11 @@ impl ResponseBody {
         Self { source: Response::Upstream(Box::new(Upstream { body, deadline, tail: Some(tail) })), running: None }
     }
 
+    /// A body that comes out of a chain.
+    pub(super) fn filtered(body: FilteredResponse) -> Self {
+        Self { source: Response::Filtered(Box::new(body)), running: None }
+    }
+
     /// Keeps the connection busy for as long as the body lives.
     #[must_use]
     pub(super) fn holding(mut self, running: Running) -> Self {
@@ -338,6 +384,7 @@ impl Body for ResponseBody {
         let upstream = match &mut self.source {
             Response::Full(bytes) => return Poll::Ready(bytes.take().map(|bytes| Ok(Frame::data(bytes)))),
             Response::Upstream(upstream) => upstream,
+            Response::Filtered(body) => return body.poll_frame(cx),
         };
         let Poll::Ready(frame) = Pin::new(&mut upstream.body).poll_frame(cx) else {
             let Some(deadline) = &mut upstream.deadline else { return Poll::Pending };
@@ -355,6 +402,7 @@ impl Body for ResponseBody {
         match &self.source {
             Response::Full(bytes) => bytes.is_none(),
             Response::Upstream(upstream) => upstream.body.is_end_stream(),
+            Response::Filtered(body) => body.is_end_stream(),
         }
     }
 
@@ -362,6 +410,7 @@ impl Body for ResponseBody {
         match &self.source {
             Response::Full(bytes) => SizeHint::with_exact(bytes.as_ref().map_or(0, |bytes| bytes.len() as u64)),
             Response::Upstream(upstream) => upstream.body.size_hint(),
+            Response::Filtered(body) => body.size_hint(),
         }
     }
 }

@@ -5,9 +5,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use ::http::header::HOST;
-use ::http::{
-    HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, Uri, Version, request, response,
-};
+use ::http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, Uri, Version, request};
 use bytes::Bytes;
 use hyper::body::Incoming;
 use hyper::upgrade::OnUpgrade;
@@ -16,9 +14,11 @@ use outrigger_core::normalize::{self, Direction, trace};
 use outrigger_core::reason::Reason;
 
 use super::attempt::Attempt;
-use super::body::{BodyError, ResponseBody, Tail};
-use super::{Connection, ConnectionInfo, Way, head, inbound, outbound, respond, response as reply, serve, upgrade};
-use crate::filter::{Chain, Flow, Frame, Stop, StreamInfo};
+use super::body::{BodyError, ClientBody, ResponseBody, Tail};
+use super::{
+    Connection, ConnectionInfo, Way, filtered, head, inbound, outbound, respond, response as reply, serve, upgrade,
+};
+use crate::filter::{Chain, StreamInfo};
 use crate::log::Entry;
 use crate::metrics::Metric;
 use crate::snapshot::Snapshot;
@@ -44,10 +44,14 @@ pub(super) struct Exchange {
     pub(super) upstream: Option<std::net::SocketAddr>,
     pub(super) attempts: u32,
     pub(super) chain: Option<Chain>,
+    /// When the whole request has to be over, by its route
+    pub(super) deadline: Option<Instant>,
+    /// The client waits for `100 Continue`
+    pub(super) expects: bool,
     /// Why the mesh itself answered, or an upstream proxy did
-    reason: Option<&'static str>,
-    detail: String,
-    status: Option<StatusCode>,
+    pub(super) reason: Option<&'static str>,
+    pub(super) detail: String,
+    pub(super) status: Option<StatusCode>,
     sent: u64,
     received: u64,
     pub(super) access_log: AccessLog,
@@ -79,17 +83,17 @@ impl From<Reason> for Failure {
 pub(super) enum Answer {
     /// An endpoint's response, and what is held until its body ends
     Upstream(Response<Incoming>, Box<Attempt>),
-    /// A response without an endpoint. `filtered`: response filters have seen it already
-    Local { response: Response<Bytes>, reason: Reason, filtered: bool },
-    /// The client's stream is reset
-    Reset,
+    /// A response without an endpoint
+    Local { response: Response<Bytes>, reason: Reason },
+    /// What the filters say
+    Filters,
 }
 
 /// A request of a client, with everything that came with it.
 #[derive(Debug)]
 pub(super) struct Incomer {
     pub(super) head: request::Parts,
-    pub(super) body: Incoming,
+    pub(super) body: ClientBody,
     pub(super) upgrade: Option<OnUpgrade>,
 }
 
@@ -152,24 +156,17 @@ pub(super) async fn handle(
     let upgrade = head.extensions.remove::<OnUpgrade>();
     let mut exchange = Box::new(Exchange::new(connection, &head));
     let hops = reply::Hops::of(&head);
-    let incomer = Incomer { head, body, upgrade };
+    let incomer = Incomer { head, body: ClientBody::Plain(body), upgrade };
     let connection = exchange.connection.clone();
     let answer = match &connection.info {
         _ if too_large(&incomer.head) => Err(Reason::HeadersTooLarge.into()),
         ConnectionInfo::Outbound(info) => outbound::handle(&mut exchange, info, incomer).await,
         ConnectionInfo::Inbound(info) => inbound::handle(&mut exchange, info, incomer).await,
     };
-    exchange.conclude(answer, &hops, running)
-}
-
-/// A filter's response, as the filters around it left it.
-fn local_response(chain: &Chain) -> Option<Response<Bytes>> {
-    let (head, _) = chain.take_response()?;
-    let body = match chain.next(Flow::Response) {
-        Some(Frame::Data(bytes)) => bytes,
-        _ => Bytes::new(),
-    };
-    Some(Response::from_parts(head, body))
+    match exchange.chain.clone() {
+        None => exchange.conclude(answer, &hops, running),
+        Some(chain) => Box::pin(exchange.finish_filtered(chain, answer, &hops, running)).await,
+    }
 }
 
 /// HTTP/2: the header list as RFC 9113 6.5.2 counts it. Of HTTP/1 hyper has seen to that.
@@ -194,6 +191,8 @@ impl Exchange {
             upstream: None,
             attempts: 0,
             chain: None,
+            deadline: None,
+            expects: filtered::expects(head),
             reason: None,
             detail: String::new(),
             status: None,
@@ -212,13 +211,14 @@ impl Exchange {
         hops: &reply::Hops,
         running: Running,
     ) -> Result<Response<ResponseBody>, BodyError> {
-        let response = match answer {
-            Ok(Answer::Upstream(response, attempt)) => return self.finish_upstream(response, attempt, hops, running),
-            Ok(Answer::Local { response, reason, filtered }) => self.local(response, reason, filtered),
-            Ok(Answer::Reset) => Err("a filter reset the stream".into()),
+        let mut response = match answer {
+            Ok(Answer::Upstream(response, attempt)) => {
+                return Ok(self.finish_upstream(response, attempt, hops, running));
+            }
+            Ok(Answer::Local { response, reason }) => self.local(response, reason),
+            Ok(Answer::Filters) => return Err("a filter reset the stream".into()),
             Err(failure) => self.fail(failure),
         };
-        let mut response = response?;
         hops.restore(&mut response);
         Ok(response.map(|body| ResponseBody::full(body).holding(running)))
     }
@@ -283,136 +283,102 @@ impl Exchange {
         self.reason = Some(reason.code());
     }
 
-    /// Runs the request filters. `Some`: they answered.
-    ///
-    /// # Errors
-    /// A FailClosed filter failed.
-    pub(super) fn filter_request(&mut self, head: &mut request::Parts, end: bool) -> Result<Option<Answer>, Failure> {
-        let Some(chain) = &self.chain else { return Ok(None) };
-        let (empty, ()) = Request::new(()).into_parts();
-        chain.request_headers(std::mem::replace(head, empty), end);
-        match chain.stop() {
-            None => match chain.take_request() {
-                Some((passed, _)) => {
-                    *head = passed;
-                    Ok(None)
-                }
-                None => Err(Failure::new(Reason::FilterFailed, "a filter paused")),
-            },
-            Some(Stop::Local) => {
-                let response = local_response(chain).ok_or(Reason::FilterFailed)?;
-                Ok(Some(Answer::Local { response, reason: Reason::FilterResponse, filtered: true }))
-            }
-            Some(Stop::Failed(failed)) => {
-                tracing::warn!(filter = failed.filter, reason = failed.reason, "a FailClosed filter failed");
-                Err(Failure::new(Reason::FilterFailed, format!("filter {}", failed.filter)))
-            }
-            Some(Stop::TooLarge(_) | Stop::Reset) => Ok(Some(Answer::Reset)),
-        }
-    }
-
     /// The mesh's response for a failure.
-    fn fail(self: Box<Self>, failure: Failure) -> Result<Response<Bytes>, BodyError> {
+    fn fail(mut self: Box<Self>, failure: Failure) -> Response<Bytes> {
         let response = respond::respond(failure.reason, self.grpc, &failure.detail);
-        let mut this = self;
-        this.detail = failure.detail;
-        this.local(response, failure.reason, false)
+        self.detail = failure.detail;
+        self.local(response, failure.reason)
     }
 
-    fn local(
-        mut self: Box<Self>,
-        response: Response<Bytes>,
-        reason: Reason,
-        filtered: bool,
-    ) -> Result<Response<Bytes>, BodyError> {
-        let (mut head, mut body) = response.into_parts();
+    fn local(mut self: Box<Self>, response: Response<Bytes>, reason: Reason) -> Response<Bytes> {
+        let (mut head, body) = response.into_parts();
         head.headers.insert(respond::REASON, HeaderValue::from_static(reason.code()));
         self.reason = Some(reason.code());
-        if !filtered && let Some(replaced) = self.filter_response(&mut head, body.is_empty())? {
-            (head, body) = replaced.into_parts();
-        }
         self.status = Some(head.status);
         self.received = body.len() as u64;
         let response = Response::from_parts(head, body);
-        Ok(if self.method == Method::HEAD { response.map(|_| Bytes::new()) } else { response })
+        if self.method == Method::HEAD { response.map(|_| Bytes::new()) } else { response }
     }
 
-    fn finish_upstream(
+    /// The end of an exchange with filters.
+    async fn finish_filtered(
         mut self: Box<Self>,
-        response: Response<Incoming>,
-        mut attempt: Box<Attempt>,
+        chain: Chain,
+        answer: Result<Answer, Failure>,
         hops: &reply::Hops,
         running: Running,
     ) -> Result<Response<ResponseBody>, BodyError> {
-        let mut response = response;
-        let upgraded = (response.status() == StatusCode::SWITCHING_PROTOCOLS)
-            .then(|| Some((attempt.upgrade.take()?, hyper::upgrade::on(&mut response))));
-        if let Some(None) = upgraded {
-            return self.refused(Reason::UpstreamProtocol, "the endpoint switched protocols unasked", running);
-        }
+        let local = match answer {
+            Ok(Answer::Upstream(response, attempt)) => match self.received(response, &attempt) {
+                Ok(response) => {
+                    return self.respond_through(chain, Some((response, attempt)), hops, running).await;
+                }
+                Err(failure) => Err(failure),
+            },
+            Ok(Answer::Local { response, reason }) => Ok(Some((response, reason))),
+            Ok(Answer::Filters) => Ok(None),
+            Err(failure) => Err(failure),
+        };
+        let local = local.unwrap_or_else(|failure| {
+            let response = respond::respond(failure.reason, self.grpc, &failure.detail);
+            self.detail = failure.detail;
+            Some((response, failure.reason))
+        });
+        self.local_through(chain, local, hops, running).await
+    }
+
+    /// An endpoint's response as policy lets it in.
+    fn received(&mut self, response: Response<Incoming>, attempt: &Attempt) -> Result<Response<Incoming>, Failure> {
         let (mut head, body) = response.into_parts();
         let direction = match self.connection.way() {
             Way::Outbound => Direction::Outbound,
             Way::Inbound => Direction::Inbound,
         };
-        if let Err(reason) = normalize::response(&mut head, direction, attempt.trusted()) {
-            return self.refused(reason, "its Transfer-Encoding is not `chunked`", running);
+        normalize::response(&mut head, direction, attempt.trusted())
+            .map_err(|reason| Failure::new(reason, "its Transfer-Encoding is not `chunked`"))?;
+        if head.status == StatusCode::SWITCHING_PROTOCOLS && attempt.upgrade.is_none() {
+            return Err(Failure::new(Reason::UpstreamProtocol, "the endpoint switched protocols unasked"));
         }
         self.reason = reply::reason(&head);
         attempt.modify(&mut head);
-        let end = http_body::Body::is_end_stream(&body);
-        if let Some(replaced) = self.filter_response(&mut head, end)? {
-            self.status = Some(replaced.status());
-            self.reason = Some(Reason::FilterResponse.code());
-            let mut replaced = replaced.map(|body| ResponseBody::full(body).holding(running));
-            hops.restore(&mut replaced);
-            return Ok(replaced);
-        }
-        self.status = Some(head.status);
+        Ok(Response::from_parts(head, body))
+    }
+
+    fn finish_upstream(
+        mut self: Box<Self>,
+        response: Response<Incoming>,
+        attempt: Box<Attempt>,
+        hops: &reply::Hops,
+        running: Running,
+    ) -> Response<ResponseBody> {
+        let response = match self.received(response, &attempt) {
+            Ok(response) => response,
+            Err(failure) => return self.fail(failure).map(|body| ResponseBody::full(body).holding(running)),
+        };
+        self.status = Some(response.status());
+        let (head, body) = response.into_parts();
         let mut response = Response::from_parts(head, ());
         hops.restore(&mut response);
-        if let Some(upgraded) = upgraded.flatten() {
-            upgrade::start(self, attempt, upgraded, running);
-            return Ok(response.map(|()| ResponseBody::full(Bytes::new())));
+        if response.status() == StatusCode::SWITCHING_PROTOCOLS {
+            return self.upgrade(response, attempt, running);
         }
         let deadline = attempt.deadline;
-        let tail = ExchangeTail { exchange: self, attempt: Some(attempt), ended: false };
-        Ok(response.map(|()| ResponseBody::upstream(body, Box::new(tail), deadline).holding(running)))
+        let tail = ExchangeTail::new(self, Some(attempt));
+        response.map(|()| ResponseBody::upstream(body, Box::new(tail), deadline).holding(running))
     }
 
-    /// A response of the mesh's own, after the attempts.
-    fn refused(
+    /// Both sides have agreed to speak something else.
+    pub(super) fn upgrade(
         self: Box<Self>,
-        reason: Reason,
-        detail: &str,
+        mut response: Response<()>,
+        mut attempt: Box<Attempt>,
         running: Running,
-    ) -> Result<Response<ResponseBody>, BodyError> {
-        let response = self.fail(Failure::new(reason, detail))?;
-        Ok(response.map(|body| ResponseBody::full(body).holding(running)))
-    }
-
-    /// Runs the response filters. `Some`: this instead.
-    fn filter_response(&mut self, head: &mut response::Parts, end: bool) -> Result<Option<Response<Bytes>>, BodyError> {
-        let Some(chain) = &self.chain else { return Ok(None) };
-        chain.info(|info| info.upstream = self.upstream);
-        let (empty, ()) = Response::new(()).into_parts();
-        chain.response_headers(std::mem::replace(head, empty), end);
-        match chain.stop() {
-            None => match chain.take_response() {
-                Some((passed, _)) => {
-                    *head = passed;
-                    Ok(None)
-                }
-                None => Err("a filter paused".into()),
-            },
-            Some(Stop::Local) => Ok(local_response(chain)),
-            Some(Stop::Failed(failed)) => {
-                tracing::warn!(filter = failed.filter, reason = failed.reason, "a FailClosed filter failed");
-                self.detail = format!("filter {}", failed.filter);
-                Ok(Some(respond::respond(Reason::FilterFailed, self.grpc, &self.detail)))
-            }
-            Some(Stop::TooLarge(_) | Stop::Reset) => Err("a filter reset the stream".into()),
+    ) -> Response<ResponseBody> {
+        if let Some(client) = attempt.upgrade.take() {
+            let server = hyper::upgrade::on(&mut response);
+            upgrade::start(self, attempt, (client, server), running);
         }
+        response.map(|()| ResponseBody::full(Bytes::new()))
     }
 
     fn authority(&self) -> &str {
@@ -423,6 +389,7 @@ impl Exchange {
     /// The rule that a request is sent by.
     pub(super) fn select(&mut self, rule: &Rule) {
         self.route = rule.name.clone();
+        self.deadline = rule.policy.request_timeout.map(|timeout| self.start + timeout);
         if let Some(chain) = &self.chain {
             chain.info(|info| info.route = Some(rule.name.clone()));
         }
@@ -467,6 +434,9 @@ impl Exchange {
 
 impl Drop for Exchange {
     fn drop(&mut self) {
+        if let Some(chain) = self.chain.take() {
+            chain.done();
+        }
         let worker = &self.connection.worker;
         let way = self.connection.way().name();
         let reason = self.reason.unwrap_or_default();
@@ -490,10 +460,16 @@ impl Drop for Exchange {
 }
 
 /// Watches the response's body for the exchange and its last attempt.
-struct ExchangeTail {
+pub(super) struct ExchangeTail {
     exchange: Box<Exchange>,
     attempt: Option<Box<Attempt>>,
     ended: bool,
+}
+
+impl ExchangeTail {
+    pub(super) fn new(exchange: Box<Exchange>, attempt: Option<Box<Attempt>>) -> Self {
+        Self { exchange, attempt, ended: false }
+    }
 }
 
 impl Tail for ExchangeTail {

@@ -34,14 +34,18 @@ pub(super) async fn handle(x: &mut Exchange, info: &Inbound, mut inc: Incomer) -
     let canonical = normalized(x, &snapshot, port, &mut inc.head)?;
     x.begin_trace(&mut inc.head.headers, snapshot.mesh.as_deref());
     authorize(x, port, &inc.head, &canonical)?;
-    let canonical = match filtered(x, &snapshot, port, &mut inc, canonical)? {
+    let canonical = match filtered(x, &snapshot, port, &mut inc, canonical).await? {
         Filtered::Continue(canonical) => canonical,
         Filtered::Answer(answer) => return Ok(answer),
     };
     let wire = outgoing::wire(port.protocol, inc.head.version);
     let target = Target::plain(info.app.address, wire, CONNECT_TIMEOUT, IDLE_TIMEOUT, Label::inbound(&x.service));
     let Incomer { head, body, upgrade } = inc;
-    attempt::direct(x, &target, Outgoing::new(head, &canonical, body, upgrade)).await
+    let out = Outgoing::new(head, &canonical, body, upgrade);
+    match x.chain.clone() {
+        None => attempt::direct(x, &target, out).await,
+        Some(chain) => super::filtered::unless_stopped(chain, attempt::direct(x, &target, out)).await,
+    }
 }
 
 fn normalized(
@@ -98,7 +102,7 @@ enum Filtered {
 }
 
 /// Runs the filters. What they changed of method, path or authority is judged again, once.
-fn filtered(
+async fn filtered(
     x: &mut Exchange,
     snapshot: &Snapshot,
     port: &InboundPort,
@@ -110,8 +114,7 @@ fn filtered(
     }
     x.chain(snapshot, &port.filters)?;
     let before = Judged::of(&inc.head);
-    let end = http_body::Body::is_end_stream(&inc.body);
-    if let Some(answer) = x.filter_request(&mut inc.head, end)? {
+    if let Some(answer) = x.filter_request(inc).await? {
         return Ok(Filtered::Answer(answer));
     }
     if before.holds(&inc.head) {

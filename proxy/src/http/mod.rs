@@ -6,6 +6,7 @@ mod body;
 mod callout;
 mod exchange;
 mod facts;
+mod filtered;
 mod head;
 mod inbound;
 #[allow(dead_code, reason = "the host functions that use it follow")]

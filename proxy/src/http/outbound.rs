@@ -35,7 +35,7 @@ pub(super) async fn handle(x: &mut Exchange, info: &listen::Outbound, mut inc: I
     let mut place = Place::find(&connection, info, &inc.head).await?;
     x.begin_outbound(&place.snapshot);
     x.begin_trace(&mut inc.head.headers, place.snapshot.mesh.as_deref());
-    match filtered(x, &place, &mut inc, &canonical)? {
+    match filtered(x, &place, &mut inc, &canonical).await? {
         Filtered::Unchanged => {}
         // What the filters wrote is judged as if the application had written it, once; they do not see it again.
         Filtered::Changed { elsewhere } => {
@@ -80,7 +80,10 @@ pub(super) async fn call_out(
     let call = chosen(x, &selected)?;
     let mut out = Outgoing::made(head, &canonical, body);
     change(&mut out.head, &call, &selected);
-    attempt::routed(x, call, out).await
+    match x.chain.clone() {
+        None => attempt::routed(x, call, out).await,
+        Some(chain) => super::filtered::unless_stopped(chain, attempt::routed(x, call, out)).await,
+    }
 }
 
 /// Where a request goes, as discovery has it.
@@ -185,7 +188,12 @@ enum Filtered {
 }
 
 /// Runs the filters of the service's port. They are told the rule that would be used of what the application wrote.
-fn filtered(x: &mut Exchange, place: &Place, inc: &mut Incomer, canonical: &Canonical) -> Result<Filtered, Failure> {
+async fn filtered(
+    x: &mut Exchange,
+    place: &Place,
+    inc: &mut Incomer,
+    canonical: &Canonical,
+) -> Result<Filtered, Failure> {
     let snapshot::Target::Service(service) = &place.target else { return Ok(Filtered::Unchanged) };
     let port = enter(x, service, place.port())?;
     if port.filters.is_empty() {
@@ -196,8 +204,7 @@ fn filtered(x: &mut Exchange, place: &Place, inc: &mut Incomer, canonical: &Cano
     }
     x.chain(&place.snapshot, &port.filters)?;
     let before = Judged::of(&inc.head);
-    let end = http_body::Body::is_end_stream(&inc.body);
-    Ok(match x.filter_request(&mut inc.head, end)? {
+    Ok(match x.filter_request(inc).await? {
         Some(answer) => Filtered::Answer(answer),
         None if before.holds(&inc.head) => Filtered::Unchanged,
         None => Filtered::Changed { elsewhere: !before.same_authority(&inc.head) },
@@ -246,7 +253,7 @@ fn redirected(selected: &Selected<'_>, port: &Port, head: &request::Parts, canon
     *response.status_mut() = status;
     response.headers_mut().insert(::http::header::LOCATION, location);
     response.headers_mut().insert(::http::header::CONTENT_LENGTH, HeaderValue::from_static("0"));
-    Some(Answer::Local { response, reason: Reason::RouteResponse, filtered: false })
+    Some(Answer::Local { response, reason: Reason::RouteResponse })
 }
 
 /// An instance, hit by its own address.

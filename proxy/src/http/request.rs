@@ -4,12 +4,11 @@ use ::http::header::{CONNECTION, CONTENT_LENGTH, EXPECT, HOST, TE, TRANSFER_ENCO
 use ::http::uri::{Authority, PathAndQuery, Scheme};
 use ::http::{HeaderMap, HeaderValue, Method, Request, StatusCode, Uri, Version, request};
 use http_body::Body;
-use hyper::body::Incoming;
 use hyper::upgrade::OnUpgrade;
 use outrigger_core::link::Protocol;
 use outrigger_core::normalize::Canonical;
 
-use super::body::{Gate, ReplayBuffer, RequestBody};
+use super::body::{ClientBody, Gate, ReplayBuffer, RequestBody};
 use super::made::Made;
 use crate::upstream::Wire;
 
@@ -35,7 +34,7 @@ pub(super) enum Sendable {
     /// There is none
     Empty,
     /// Can be sent once; `None`: it was
-    Once(Option<Incoming>),
+    Once(Option<ClientBody>),
     /// Can be sent again while it fits the buffer
     Replay(ReplayBuffer),
     /// Of a call-out
@@ -43,7 +42,7 @@ pub(super) enum Sendable {
 }
 
 impl Sendable {
-    pub(super) fn new(body: Incoming) -> Self {
+    pub(super) fn new(body: ClientBody) -> Self {
         if body.is_end_stream() { Self::Empty } else { Self::Once(Some(body)) }
     }
 
@@ -69,14 +68,14 @@ impl Sendable {
 
     fn take_back(&mut self, body: RequestBody) {
         if let Self::Once(place) = self {
-            *place = body.into_incoming();
+            *place = body.into_client();
         }
     }
 
     fn take(&mut self) -> Option<RequestBody> {
         match self {
             Self::Empty => Some(RequestBody::empty()),
-            Self::Once(body) => body.take().map(RequestBody::incoming),
+            Self::Once(body) => body.take().map(RequestBody::client),
             Self::Replay(buffer) => buffer.can_replay().then(|| buffer.attempt()),
             Self::Made(body) => body.attempt().map(RequestBody::made),
         }
@@ -95,7 +94,12 @@ pub(super) fn wire(protocol: Protocol, client: Version) -> Wire {
 
 impl Outgoing {
     /// From a normalised request.
-    pub(super) fn new(head: request::Parts, canonical: &Canonical, body: Incoming, upgrade: Option<OnUpgrade>) -> Self {
+    pub(super) fn new(
+        head: request::Parts,
+        canonical: &Canonical,
+        body: ClientBody,
+        upgrade: Option<OnUpgrade>,
+    ) -> Self {
         let upgrade = upgrade.filter(|_| canonical.upgrade);
         Self { head, body: Sendable::new(body), upgrade, once: false, gone: false, trailers: canonical.trailers }
     }
@@ -157,6 +161,7 @@ impl Outgoing {
             None => Uri::from_static("/"),
         };
         let framed = request.body().is_end_stream();
+        let known = request.body().size_hint().exact();
         let method = &self.head.method;
         let headers = request.headers_mut();
         if let Some(host) = uri.authority().filter(|_| !headers.contains_key(HOST)).and_then(host) {
@@ -168,7 +173,7 @@ impl Outgoing {
             headers.insert(CONTENT_LENGTH, HeaderValue::from_static("0"));
         }
         // hyper would take a GET with a body of unknown length for one without.
-        if !framed && !headers.contains_key(CONTENT_LENGTH) {
+        if !framed && !headers.contains_key(CONTENT_LENGTH) && known.is_none() {
             headers.insert(TRANSFER_ENCODING, HeaderValue::from_static("chunked"));
         }
         let connection = match (self.upgrade.is_some(), self.trailers) {
