@@ -126,6 +126,11 @@ impl TestProxy {
 
     /// Makes a filter known as `filter/demo/<name>`, which replaces one header (or pseudo header) of every request.
     pub(crate) async fn rewriting_filter(&mut self, name: &str, header: &str, value: &str) {
+        self.filter(name, &rewriting_guest(header, value)).await;
+    }
+
+    /// Makes a module known as `filter/demo/<name>`.
+    pub(crate) async fn filter(&mut self, name: &str, module: &str) {
         // One per process, as in a proxy: a thread tells filters apart by their number.
         static PLUGINS: OnceLock<(filter::Plugins, tempfile::TempDir)> = OnceLock::new();
         let (plugins, _) = PLUGINS.get_or_init(|| {
@@ -134,7 +139,7 @@ impl TestProxy {
             let settings = filter::Settings { compiler, cache: cache.path().join("filters") };
             (filter::Plugins::new(settings).unwrap(), cache)
         });
-        let module = wat::parse_str(rewriting_guest(header, value)).unwrap();
+        let module = wat::parse_str(module).unwrap();
         let spec = wire::Filter {
             namespace: "demo".into(),
             name: name.into(),

@@ -110,3 +110,70 @@ fn inbound_what_a_filter_wrote_is_authorized_again() {
         }
     });
 }
+
+/// Appends `!` in every body callback, and pauses the request's body until its end.
+const APPENDING: &str = r#"(module
+    (import "env" "proxy_set_buffer_bytes" (func $set (param i32 i32 i32 i32 i32) (result i32)))
+    (memory (export "memory") 1)
+    (data (i32.const 1024) "!")
+    (func (export "proxy_abi_version_0_2_1"))
+    (func (export "malloc") (param i32) (result i32) (i32.const 4096))
+    (func (export "proxy_on_request_body") (param i32 i32 i32) (result i32)
+        (drop (call $set (i32.const 0) (i32.const -1) (i32.const 0) (i32.const 1024) (i32.const 1)))
+        (i32.eqz (local.get 2)))
+    (func (export "proxy_on_response_body") (param i32 i32 i32) (result i32)
+        (drop (call $set (i32.const 1) (i32.const -1) (i32.const 0) (i32.const 1024) (i32.const 1)))
+        (i32.const 0)))"#;
+
+#[test]
+fn c32_c34_c38_bodies_that_filters_change_are_framed_anew() {
+    run(async {
+        let app = app(|request| {
+            assert!(request.contains("transfer-encoding: chunked") && !request.contains("content-length"), "{request}");
+            assert!(request.contains("\r\nabcd!!\r\n"), "{request}");
+            ok("pong")
+        })
+        .await;
+        let mut server = TestProxy::new("reviews");
+        server.filter("appending", APPENDING).await;
+        let mut port = self_port(app, wire::MtlsMode::Permissive);
+        port.filters = vec!["filter/demo/appending".into()];
+        server.inbound(port);
+        let inbound = server.serve_inbound(app, false).await;
+        let response = exchange(inbound, "POST / HTTP/1.1\r\nhost: reviews\r\ncontent-length: 4\r\n\r\nabcd").await;
+        assert!(response.starts_with("HTTP/1.1 200 "), "{response}");
+        assert!(response.contains("pong!") && !response.to_lowercase().contains("content-length"), "{response}");
+    });
+}
+
+#[test]
+fn c49_a_request_that_a_filter_holds_for_ever_ends_with_its_client() {
+    run(async {
+        let app = app(|_| ok("never")).await;
+        let mut server = TestProxy::new("reviews");
+        server
+            .filter(
+                "holding",
+                &APPENDING
+                    .replace("proxy_on_request_body", "proxy_on_request_headers")
+                    .replace("(i32.eqz (local.get 2))", "(i32.const 1)"),
+            )
+            .await;
+        let mut port = self_port(app, wire::MtlsMode::Permissive);
+        port.filters = vec!["filter/demo/holding".into()];
+        server.inbound(port);
+        let inbound = server.serve_inbound(app, false).await;
+        let mut stream = tokio::net::TcpStream::connect(inbound).await.unwrap();
+        tokio::io::AsyncWriteExt::write_all(&mut stream, b"GET / HTTP/1.1\r\nhost: reviews\r\n\r\n").await.unwrap();
+        drop(stream);
+        let line = async {
+            loop {
+                if server.metrics().contains("code=\"0\"") {
+                    return;
+                }
+                tokio::time::sleep(std::time::Duration::from_millis(2)).await;
+            }
+        };
+        within(line).await;
+    });
+}
