@@ -10,6 +10,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         // Ordered maps: equal content has equal bytes, so a version can be a hash of the encoding.
         .btree_map(".")
         .bytes(".")
+        .extern_path(".google.protobuf.Any", "crate::Any")
         .server_mod_attribute(".", "#[cfg(feature = \"grpc\")]")
         .client_mod_attribute(".", "#[cfg(feature = \"grpc\")]")
         .compile_fds(descriptors)?;

@@ -3,11 +3,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::Arc;
 
 use anyhow::Context as _;
 use outrigger_control::modules::store::ModuleStore;
-use outrigger_control::source;
+use outrigger_control::source::Sources;
 use outrigger_control::store::Store;
 use outrigger_core::compile::{self, Catalog, Inputs, Module, Modules};
 use outrigger_core::resource::{ModuleSource, Rejection, Skipped};
@@ -47,35 +46,38 @@ pub(crate) fn run(args: &Args, format: Format) -> anyhow::Result<ExitCode> {
 }
 
 fn validate(directory: &Path) -> anyhow::Result<Report> {
-    let files = source::read(directory).with_context(|| {
+    let files = Sources::new(&[directory]).scan().with_context(|| {
         format!("{}: give the directory that outrigger-control --config reads", directory.display())
     })?;
     // Stores of this run alone: nothing here has an earlier version.
     let scratch = tempfile::tempdir().context("cannot make a temporary directory")?;
-    let accepted = Store::open(scratch.path().join("last-good"))?.apply(&files);
+    let mut store = Store::open(scratch.path().join("last-good"))?;
+    let count = files.len();
+    store.begin(files);
+    let (resources, accepted) = (store.resources(), store.accepted());
     let mut modules = ModuleStore::open(scratch.path().join("modules"))?;
-    let wanted = compile::wanted_modules(&accepted.resources);
-    let trust_domain = compile::wanted_trust_domain(&accepted.resources).unwrap_or_else(|| TRUST_DOMAIN.to_owned());
+    let wanted = compile::wanted_modules(&resources);
+    let trust_domain = compile::wanted_trust_domain(&resources).unwrap_or_else(|| TRUST_DOMAIN.to_owned());
+    let total = resources.len();
     let inputs = Inputs {
-        resources: accepted.resources.iter().map(Arc::clone).collect(),
+        resources,
         registrations: Vec::new(),
         trust_domain,
-        closed: accepted.closed,
+        closed: accepted.closed.clone(),
         modules: here(&wanted, &mut modules),
         ..Inputs::default()
     };
     let (catalog, conflicts) = Catalog::build(inputs);
-    let total = accepted.resources.len();
     let left_out = conflicts.len();
-    let mut rejected: Vec<Rejection> = accepted.rejected.into_iter().map(|rejected| rejected.rejection).collect();
+    let mut rejected: Vec<Rejection> = accepted.rejected.iter().map(|rejected| rejected.rejection.clone()).collect();
     rejected.extend(conflicts);
     rejected.sort_by(|a, b| (&a.file, a.line, &a.field).cmp(&(&b.file, b.line, &b.field)));
     Ok(Report {
-        files: files.len(),
+        files: count,
         accepted: total.saturating_sub(left_out),
         rejected,
-        warnings: catalog.warnings().to_vec(),
-        skipped: accepted.skipped,
+        warnings: catalog.warnings(),
+        skipped: accepted.skipped.clone(),
     })
 }
 

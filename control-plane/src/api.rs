@@ -127,7 +127,7 @@ fn problem(status: StatusCode, reason: &str) -> Response {
 
 async fn metrics(State(api): State<Api>) -> Response {
     let now = api.mesh.now();
-    let text = api.metrics.text(api.proxies.count(), now.accepted.rejected.len(), now.generation);
+    let text = api.metrics.text(api.proxies.count(), now.accepted.rejected.len(), now.generation, api.mesh.work());
     let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
     ([(header::CONTENT_TYPE, kind)], text).into_response()
 }
@@ -144,7 +144,7 @@ async fn status(State(api): State<Api>) -> Json<Value> {
         "version": env!("CARGO_PKG_VERSION"),
         "trustDomain": api.mesh.trust_domain(),
         "generation": now.generation,
-        "resources": now.accepted.resources.len(),
+        "resources": now.catalog.resources().count(),
         "rejections": now.accepted.rejected,
         "skipped": now.accepted.skipped.len(),
         "closed": closed,
@@ -158,7 +158,7 @@ async fn status(State(api): State<Api>) -> Json<Value> {
 /// Every WasmFilter, as proxies get it.
 fn filters(mesh: &Mesh) -> Value {
     let now = mesh.now();
-    let filters = now.accepted.resources.iter().filter(|loaded| loaded.id.kind == "WasmFilter");
+    let filters = now.catalog.resources().filter(|loaded| loaded.id.kind == "WasmFilter");
     let rows = filters.map(|loaded| {
         let id = &loaded.id;
         let client =

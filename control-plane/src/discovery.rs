@@ -76,8 +76,6 @@ impl Discovery {
         mut requests: Streaming<DeltaDiscoveryRequest>,
         sender: &Sender,
     ) -> Result<(), Status> {
-        // Subscribed before the first answer, so that no state falls between.
-        let mut states = self.mesh.subscribe();
         let first = tokio::time::timeout(FIRST_REQUEST, requests.message())
             .await
             .map_err(|_| Status::deadline_exceeded("no request on the stream"))??;
@@ -100,20 +98,17 @@ impl Discovery {
         let stopping = told(self.stopping.clone());
         tokio::pin!(expiry, stopping);
         let told = Mutex::default();
-        self.request(&proxy, &first, &told, &mut states, sender).await?;
+        self.request(&proxy, &first, &told, sender).await?;
         loop {
             tokio::select! {
                 request = requests.message() => match request? {
-                    Some(request) => self.request(&proxy, &request, &told, &mut states, sender).await?,
+                    Some(request) => self.request(&proxy, &request, &told, sender).await?,
                     None => return Ok(()),
                 },
-                changed = states.changed() => {
-                    if changed.is_err() {
-                        return Ok(());
-                    }
-                    let published = states.borrow_and_update().clone();
+                look = proxy.inbox().next() => {
+                    let published = self.mesh.now();
                     let view = self.view(&proxy, &published, &told);
-                    let responses = proxy.stream().changed(&view);
+                    let responses = proxy.stream().changed(&look, &view);
                     self.send(responses, sender).await?;
                 }
                 () = &mut expiry => {
@@ -130,15 +125,16 @@ impl Discovery {
         proxy: &Connected,
         request: &DeltaDiscoveryRequest,
         told: &Mutex<BTreeSet<String>>,
-        states: &mut watch::Receiver<Arc<Published>>,
         sender: &Sender,
     ) -> Result<(), Status> {
-        // Not marked as seen: the other types' subscriptions are still to be compared with this state.
-        let published = states.borrow().clone();
+        // Before the state is looked at, so that no change falls between.
+        proxy.follow(request);
+        let published = self.mesh.now();
         let outcome = {
             let view = self.view(proxy, &published, told);
             proxy.stream().request(request, &view)
         };
+        proxy.unfollow(request);
         let outcome = outcome.map_err(|refused| {
             self.refusals.record("subscribe", &proxy.identity, &refused.to_string());
             match refused {

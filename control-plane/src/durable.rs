@@ -1,9 +1,12 @@
-//! Files that survive a crash whole: written beside their place, synced, renamed.
+//! Files that survive a crash whole: written beside their place, synced, renamed; and logs of changes to them.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 
 /// Replaces the file at `path` with `content` at once: a reader, or a start after a crash, sees the old content or the
 /// new one, never a part. `mode` is that of the new file (`0o600` for what is secret).
@@ -44,6 +47,80 @@ pub fn directory(path: &Path) -> io::Result<()> {
     fs::DirBuilder::new().recursive(true).mode(0o700).create(path)
 }
 
+/// A log is written anew when it has this many lines more than twice what is live.
+const SLACK: usize = 1024;
+
+/// A file of JSON lines, each a change to what was before: saving a change costs that change, not all there is.
+#[derive(Debug)]
+pub struct Log {
+    path: PathBuf,
+    file: Option<File>,
+    lines: usize,
+}
+
+impl Log {
+    /// Opens the log, and returns its lines in order. A last line that a crash cut off is left out.
+    ///
+    /// # Errors
+    /// Those of the file system, and a line that is not what was written.
+    pub fn open<T: DeserializeOwned>(path: PathBuf) -> io::Result<(Self, Vec<T>)> {
+        let text = match fs::read_to_string(&path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => String::new(),
+            Err(error) => return Err(error),
+        };
+        let mut entries = Vec::new();
+        for line in text.split_inclusive('\n') {
+            match serde_json::from_str(line) {
+                Ok(entry) => entries.push(entry),
+                Err(_) if !line.ends_with('\n') => {}
+                Err(error) => return Err(io::Error::other(format!("{}: {error}", path.display()))),
+            }
+        }
+        // Without a file the next writing replaces it: so it does after a cut line.
+        let file = if text.ends_with('\n') { Some(OpenOptions::new().append(true).open(&path)?) } else { None };
+        Ok((Self { path, file, lines: entries.len() }, entries))
+    }
+
+    /// A log that is written anew whatever is at `path`.
+    pub fn anew(path: PathBuf) -> Self {
+        Self { path, file: None, lines: 0 }
+    }
+
+    /// Whether the file is written anew, rather than these many lines added to it: `live` is the number of lines that it would
+    /// then have.
+    pub fn grows(&self, lines: usize, live: usize) -> bool {
+        self.file.is_none() || self.lines + lines > 2 * live + SLACK
+    }
+
+    /// Adds lines, or writes `all` anew where there are any of these; on disk when this returns.
+    ///
+    /// # Errors
+    /// Those of the file system; the next writing must then be anew, as [`Log::grows`] says.
+    pub fn append<T: Serialize>(&mut self, changes: &[T], all: &[T]) -> io::Result<()> {
+        let Some(mut file) = self.file.take().filter(|_| all.is_empty()) else {
+            write(&self.path, &lines(all)?, 0o600)?;
+            self.lines = all.len();
+            self.file = Some(OpenOptions::new().append(true).open(&self.path)?);
+            return Ok(());
+        };
+        file.write_all(&lines(changes)?)?;
+        file.sync_data()?;
+        self.lines += changes.len();
+        self.file = Some(file);
+        Ok(())
+    }
+}
+
+fn lines<T: Serialize>(entries: &[T]) -> io::Result<Vec<u8>> {
+    let mut text = Vec::new();
+    for entry in entries {
+        serde_json::to_writer(&mut text, entry)?;
+        text.push(b'\n');
+    }
+    Ok(text)
+}
+
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::PermissionsExt;
@@ -59,5 +136,32 @@ mod tests {
         assert_eq!(fs::read(&path).unwrap(), b"two");
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
         assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_log_gives_back_what_was_added_and_forgets_a_line_that_was_cut() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("log");
+        let (mut log, none) = Log::open::<u32>(path.clone()).unwrap();
+        assert!(none.is_empty());
+        assert!(log.grows(1, 1));
+        log.append(&[1], &[1]).unwrap();
+        assert!(!log.grows(2, 3));
+        log.append(&[2, 3], &[]).unwrap();
+        drop(log);
+        OpenOptions::new().append(true).open(&path).unwrap().write_all(b"4").unwrap();
+        // Whole numbers are whole however they are cut: something that is not.
+        OpenOptions::new().append(true).open(&path).unwrap().write_all(b"{").unwrap();
+        let (mut log, entries) = Log::open::<u32>(path.clone()).unwrap();
+        assert_eq!(entries, [1, 2, 3]);
+        assert!(log.grows(1, 4));
+        log.append(&[5], &[1, 2, 3, 5]).unwrap();
+        assert_eq!(Log::open::<u32>(path.clone()).unwrap().1, [1, 2, 3, 5]);
+        // It does not grow for ever.
+        for n in 0..1100_u32 {
+            let all = if log.grows(1, 1) { vec![n] } else { Vec::new() };
+            log.append(&[n], &all).unwrap();
+        }
+        assert!(Log::open::<u32>(path).unwrap().1.len() < 200);
     }
 }

@@ -11,11 +11,11 @@ use outrigger_core::resource::{Dial, Registration};
 use serde::{Deserialize, Serialize};
 
 use crate::certificates::unix_now;
-use crate::durable;
+use crate::durable::Log;
 use crate::peer::{Leaf, Peer};
 use crate::token::outside;
 
-const FILE: &str = "grants.json";
+const FILE: &str = "grants.jsonl";
 
 /// What was granted with a certificate.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -111,20 +111,33 @@ impl Grant {
     }
 }
 
-/// Every grant whose certificate is alive, in memory and in `STATE/grants.json`.
+/// Every grant whose certificate is alive, in memory and in `STATE/grants.jsonl`.
 #[derive(Debug)]
 pub struct Grants {
-    path: PathBuf,
     live: Mutex<Live>,
-    /// Held while writing; the value is the number of the newest change that is on disk.
-    written: tokio::sync::Mutex<u64>,
+    /// Held while writing
+    written: tokio::sync::Mutex<Written>,
 }
+
+/// What is on disk.
+#[derive(Debug)]
+struct Written {
+    /// Number of the newest change that is there
+    change: u64,
+    /// `None` only while it is written, or after that failed in a way that lost it
+    log: Option<Log>,
+    path: PathBuf,
+}
+
+/// A line of the file: fingerprint in hexadecimal, and grant.
+type Line = (String, Grant);
 
 #[derive(Debug, Default)]
 struct Live {
     /// By fingerprint in hexadecimal, as in the file.
     grants: HashMap<String, Grant>,
     changes: u64,
+    unsaved: Vec<Line>,
 }
 
 impl Grants {
@@ -134,14 +147,10 @@ impl Grants {
     /// When the file is there but cannot be read.
     pub fn open(state: &Path) -> std::io::Result<Self> {
         let path = state.join(FILE);
-        let grants = match std::fs::read(&path) {
-            Ok(bytes) => {
-                serde_json::from_slice(&bytes).map_err(|e| std::io::Error::other(format!("{}: {e}", path.display())))?
-            }
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => HashMap::new(),
-            Err(error) => return Err(error),
-        };
-        Ok(Self { path, live: Mutex::new(Live { grants, changes: 0 }), written: tokio::sync::Mutex::new(0) })
+        let (log, lines) = Log::open::<Line>(path.clone())?;
+        let live = Live { grants: lines.into_iter().collect(), ..Live::default() };
+        let written = Written { change: 0, log: Some(log), path };
+        Ok(Self { live: Mutex::new(live), written: tokio::sync::Mutex::new(written) })
     }
 
     /// The grant of a key.
@@ -197,24 +206,34 @@ impl Grants {
     pub async fn add(&self, key: &Fingerprint, grant: Grant, now: i64) -> std::io::Result<()> {
         let change = {
             let mut live = self.lock();
-            live.grants.insert(key.to_string(), grant);
+            live.grants.insert(key.to_string(), grant.clone());
+            live.unsaved.push((key.to_string(), grant));
             live.changes += 1;
             live.changes
         };
         let mut written = self.written.lock().await;
-        if *written >= change {
+        if written.change >= change {
             return Ok(());
         }
-        let (bytes, newest) = {
+        let (lines, all, newest) = {
             let mut live = self.lock();
-            live.grants.retain(|_, grant| grant.not_after >= now);
-            (serde_json::to_vec(&live.grants)?, live.changes)
+            let lines = std::mem::take(&mut live.unsaved);
+            // Those that expired are forgotten when the file is written anew.
+            let anew = written.log.as_ref().is_none_or(|log| log.grows(lines.len(), live.grants.len()));
+            if anew {
+                live.grants.retain(|_, grant| grant.not_after >= now);
+            }
+            let all: Vec<Line> = if anew { live.grants.clone().into_iter().collect() } else { Vec::new() };
+            (lines, all, live.changes)
         };
-        let path = self.path.clone();
-        tokio::task::spawn_blocking(move || durable::write(&path, &bytes, 0o600))
-            .await
-            .map_err(std::io::Error::other)??;
-        *written = newest;
+        let (log, path) = (written.log.take(), written.path.clone());
+        let work = move || -> std::io::Result<Log> {
+            let mut log = log.unwrap_or_else(|| Log::anew(path));
+            log.append(&lines, &all)?;
+            Ok(log)
+        };
+        written.log = Some(tokio::task::spawn_blocking(work).await.map_err(std::io::Error::other)??);
+        written.change = newest;
         Ok(())
     }
 

@@ -1,6 +1,6 @@
 //! Registered workloads and their leases. No clock: `now` is an argument.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -22,6 +22,8 @@ pub struct Leases {
     /// When leases ended lately
     ended: VecDeque<Instant>,
     held: usize,
+    /// Registered, changed or ended since this was last taken
+    changed: BTreeSet<Name>,
 }
 
 #[derive(Debug)]
@@ -37,7 +39,13 @@ impl Leases {
             let name = (registration.namespace.clone(), registration.name.clone());
             (name, Entry { registration: Arc::new(registration), renewed: now })
         };
-        Self { lease, entries: persisted.into_iter().map(entry).collect(), ended: VecDeque::new(), held: 0 }
+        Self {
+            lease,
+            entries: persisted.into_iter().map(entry).collect(),
+            ended: VecDeque::new(),
+            held: 0,
+            changed: BTreeSet::new(),
+        }
     }
 
     /// How long a registration lasts without a renewal.
@@ -52,13 +60,24 @@ impl Leases {
             entry.renewed = now;
             return false;
         }
+        self.changed.insert(name.clone());
         self.entries.insert(name, Entry { registration: Arc::new(registration), renewed: now });
         true
     }
 
     /// Ends a registration. Returns whether there was one.
     pub fn withdraw(&mut self, name: &Name) -> bool {
-        self.entries.remove(name).is_some()
+        let known = self.entries.remove(name).is_some();
+        if known {
+            self.changed.insert(name.clone());
+        }
+        known
+    }
+
+    /// What changed since the last time, as it is now.
+    pub fn take_changed(&mut self) -> Vec<(Name, Option<Arc<Registration>>)> {
+        let changed = std::mem::take(&mut self.changed);
+        changed.into_iter().map(|name| (name.clone(), self.get(&name).cloned())).collect()
     }
 
     /// The registration of a workload.
@@ -88,6 +107,7 @@ impl Leases {
         }
         for name in &due {
             self.entries.remove(name);
+            self.changed.insert(name.clone());
             self.ended.push_back(now);
         }
         due

@@ -4,6 +4,7 @@
 //! The way of a change: [`source`] (files) → [`store`] (last good version of each resource) → [`mesh`] (one catalog,
 //! published by one swap) → [`delta`] (per stream: what must be sent) → [`discovery`] (gRPC).
 
+pub mod answers;
 pub mod api;
 pub mod ca;
 pub mod certificates;
@@ -24,5 +25,7 @@ pub mod run;
 pub mod server;
 pub mod source;
 pub mod store;
+pub mod subscribers;
 pub mod tls;
 pub mod token;
+pub mod watch;

@@ -1,34 +1,32 @@
 //! What the mesh says now: one catalog, built aside and published by one swap.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::hash::{BuildHasher, RandomState};
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use outrigger_core::compile::{Answer, Catalog, Client, Found, Inputs, Module, Modules, wanted_modules};
+use outrigger_core::compile::{Catalog, Change, Client, Found, Inputs, Module, Modules, wanted_modules};
 use outrigger_core::key::Key;
 use outrigger_core::resource::{ModuleSource, Registration, Rejection};
+use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
-use tokio::sync::{Notify, mpsc, watch};
+use tokio::sync::{Notify, watch};
 
-use crate::durable;
-use crate::lease::Leases;
+use crate::answers::{Answers, Epochs, Touched};
+use crate::durable::{self, Log};
+use crate::lease::{Leases, Name};
 use crate::modules::store::ModuleStore;
-use crate::source::{self, Files, Watch};
-use crate::store::{self, Accepted, Rejected, Serving, Store};
+use crate::source::Sources;
+use crate::store::{self, Accepted, Rejected, Replaced, Serving, Store};
+use crate::watch::{Noticed, Ready, Watch};
 
-/// Files are read this long after the first sign of a change: editors write in several steps.
-const DEBOUNCE: Duration = Duration::from_millis(100);
 /// Registrations that arrive together are compiled together.
 const COALESCE: Duration = Duration::from_millis(20);
 /// A watch may miss changes (network file systems, links into other directories).
 const RESCAN: Duration = Duration::from_secs(10);
-const SHARDS: usize = 16;
-/// Answers kept per shard; further ones are computed each time.
-const SHARD_ANSWERS: usize = 16 * 1024;
 
 /// One state of the mesh. Never changes.
 #[derive(Debug)]
@@ -37,58 +35,35 @@ pub struct Published {
     pub generation: u64,
     /// The compiled resources
     pub catalog: Catalog,
-    /// What it was built from, with every rejection
-    pub accepted: Accepted,
+    /// What was said of the files and of what they say together
+    pub accepted: Arc<Accepted>,
     /// Modules by digest, with sizes
     pub modules: BTreeMap<String, u64>,
     /// Modules on other hosts that are not here yet
     pub missing: BTreeSet<ModuleSource>,
-    answers: Answers,
-}
-
-/// Answers by type, key, namespace and, where it counts, workload and account: each is computed once.
-type Slot = Arc<OnceLock<Option<Arc<Found>>>>;
-type Question = (String, Key, Client);
-
-#[derive(Debug, Default)]
-struct Answers {
-    hasher: RandomState,
-    shards: [Mutex<HashMap<Question, Slot>>; SHARDS],
+    epochs: Epochs,
+    answers: Arc<Answers>,
 }
 
 impl Published {
-    fn new(generation: u64, catalog: Catalog, accepted: Accepted, modules: BTreeMap<String, u64>) -> Self {
-        Self { generation, catalog, accepted, modules, missing: BTreeSet::new(), answers: Answers::default() }
-    }
-
     /// The answer to one subscription of one client.
     pub fn answer(&self, type_url: &str, key: &Key, client: &Client) -> Option<Arc<Found>> {
-        let asker = match key {
-            Key::SelfOf(_) => client.clone(),
-            _ => {
-                Client { namespace: client.namespace.clone(), workload: String::new(), service_account: String::new() }
-            }
-        };
-        let question = (type_url.to_owned(), key.clone(), asker);
-        let shard = usize::try_from(self.answers.hasher.hash_one(&question)).unwrap_or_default() % SHARDS;
-        let compute = || match self.catalog.answer(type_url, key, client) {
-            Answer::Found(found) => Some(Arc::new(found)),
-            Answer::Absent => None,
-        };
-        let slot = {
-            let mut shard = lock(&self.answers.shards[shard]);
-            if shard.len() >= SHARD_ANSWERS && !shard.contains_key(&question) {
-                drop(shard);
-                return compute();
-            }
-            shard.entry(question).or_default().clone()
-        };
-        slot.get_or_init(compute).clone()
+        self.answers.get(&self.catalog, &self.epochs, type_url, key, client)
     }
 }
 
+/// States before and after a change, and what it touched.
+#[derive(Debug, Clone)]
+pub struct Changed {
+    /// Before
+    pub before: Arc<Published>,
+    /// After
+    pub after: Arc<Published>,
+    /// What may be other
+    pub touched: Touched,
+}
+
 /// The mesh over time.
-#[derive(Debug)]
 pub struct Mesh {
     settings: Settings,
     published: watch::Sender<Arc<Published>>,
@@ -96,7 +71,15 @@ pub struct Mesh {
     building: Mutex<Building>,
     leases: Mutex<Leases>,
     registered: Notify,
+    answers: Arc<Answers>,
+    builds: AtomicU64,
+    reads: AtomicU64,
+    /// Told of every change after it was published
+    listener: OnceLock<Listener>,
 }
+
+/// Who is told what a change touched.
+type Listener = Box<dyn Fn(&Touched) + Send + Sync>;
 
 /// Where things are.
 #[derive(Debug, Clone)]
@@ -116,11 +99,11 @@ impl Settings {
     pub fn attached(&self) -> PathBuf {
         self.state.join("attached")
     }
+}
 
-    fn read(&self) -> io::Result<Files> {
-        let mut files = source::read(&self.config)?;
-        files.extend(source::read(&self.attached())?);
-        Ok(files)
+impl std::fmt::Debug for Mesh {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Mesh").field("settings", &self.settings).finish_non_exhaustive()
     }
 }
 
@@ -129,14 +112,25 @@ struct Building {
     store: Store,
     modules: ModuleStore,
     watch: Watch,
-    files: Files,
-    accepted: Accepted,
+    sources: Sources,
+    /// What the last build from everything found
+    findings: Vec<Rejected>,
     /// The sources that filters name, with the digests that they pin
     wanted: BTreeMap<ModuleSource, BTreeSet<String>>,
     found: BTreeMap<ModuleSource, Module>,
     /// Why a remote source's module is not there
     problems: BTreeMap<ModuleSource, String>,
     roots: Vec<Bytes>,
+    registrations: Log,
+    /// Of the last state: for what is new to be logged
+    accepted: Arc<Accepted>,
+}
+
+/// A line of the registrations on disk; no registration: withdrawn.
+#[derive(Debug, Serialize, Deserialize)]
+struct Saved {
+    name: Name,
+    registration: Option<Registration>,
 }
 
 impl Mesh {
@@ -145,35 +139,54 @@ impl Mesh {
     ///
     /// # Errors
     /// When the configuration cannot be listed or the state directory cannot be read.
-    pub fn open(settings: Settings, roots: Vec<Bytes>) -> io::Result<(Arc<Self>, mpsc::Receiver<()>)> {
+    pub fn open(settings: Settings, roots: Vec<Bytes>) -> io::Result<(Arc<Self>, Noticed)> {
         let name = |error: io::Error, path: &Path| io::Error::new(error.kind(), format!("{}: {error}", path.display()));
         durable::directory(&settings.state).map_err(|error| name(error, &settings.state))?;
         let last_good = settings.state.join("last-good");
         durable::directory(&last_good).map_err(|error| name(error, &last_good))?;
-        let last_good = last_good.join("resources.json");
-        let store = Store::open(last_good.clone()).map_err(|error| name(error, &last_good))?;
+        let last_good = last_good.join("resources.jsonl");
+        let mut store = Store::open(last_good.clone()).map_err(|error| name(error, &last_good))?;
         let modules = settings.state.join("modules");
         let modules = ModuleStore::open(modules.clone()).map_err(|error| name(error, &modules))?;
-        let registrations = settings.state.join("registrations.json");
-        let registrations = read_registrations(&registrations).map_err(|error| name(error, &registrations))?;
+        let registrations = settings.state.join("registrations.jsonl");
+        let (log, lines) = Log::open::<Saved>(registrations.clone()).map_err(|error| name(error, &registrations))?;
+        let mut registrations = BTreeMap::new();
+        for Saved { name, registration } in lines {
+            match registration {
+                Some(registration) => registrations.insert(name, registration),
+                None => registrations.remove(&name),
+            };
+        }
         // The watch begins before the first reading, so that no change falls between.
         let (watch, changes) = Watch::new(&settings.config)
             .map_err(|error| name(io::Error::other(error.to_string()), &settings.config))?;
         let attached = settings.attached();
         durable::directory(&attached).map_err(|error| name(error, &attached))?;
-        let files = settings.read().map_err(|error| name(error, &settings.config))?;
-        let first = Published::new(0, Catalog::default(), Accepted::default(), BTreeMap::new());
-        let leases = Leases::new(settings.lease, registrations, Instant::now());
+        let mut sources = Sources::new(&[&settings.config, &attached]);
+        store.begin(sources.scan().map_err(|error| name(error, &settings.config))?);
+        let answers = Arc::new(Answers::default());
+        let first = Published {
+            generation: 0,
+            catalog: Catalog::default(),
+            accepted: Arc::default(),
+            modules: BTreeMap::new(),
+            missing: BTreeSet::new(),
+            epochs: Epochs::default(),
+            answers: answers.clone(),
+        };
+        let leases = Leases::new(settings.lease, registrations.into_values().collect(), Instant::now());
         let building = Building {
             store,
             modules,
             watch,
-            files: Files::new(),
-            accepted: Accepted::default(),
-            wanted: BTreeMap::new(),
+            sources,
+            findings: Vec::new(),
             found: BTreeMap::new(),
+            wanted: BTreeMap::new(),
             problems: BTreeMap::new(),
             roots,
+            registrations: log,
+            accepted: Arc::default(),
         };
         let mesh = Arc::new(Self {
             settings,
@@ -181,10 +194,27 @@ impl Mesh {
             building: Mutex::new(building),
             leases: Mutex::new(leases),
             registered: Notify::new(),
+            answers,
+            builds: AtomicU64::new(0),
+            reads: AtomicU64::new(0),
+            listener: OnceLock::new(),
         });
-        mesh.take(files, &mut lock(&mesh.building), false);
-        mesh.build(&mut lock(&mesh.building));
+        {
+            let mut building = lock(&mesh.building);
+            building.load_modules(true);
+            mesh.publish(&mut building, None);
+        }
         Ok((mesh, changes))
+    }
+
+    /// Sets who is told of every change; only the first is.
+    pub fn listen(&self, listener: impl Fn(&Touched) + Send + Sync + 'static) {
+        let _ = self.listener.set(Box::new(listener));
+    }
+
+    /// Since the start: answers compiled, catalogs built from everything, files read.
+    pub fn work(&self) -> (u64, u64, u64) {
+        (self.answers.compiled(), self.builds.load(Ordering::Relaxed), self.reads.load(Ordering::Relaxed))
     }
 
     /// The state now.
@@ -219,40 +249,32 @@ impl Mesh {
 
     /// Replaces the trust bundle.
     pub fn set_roots(self: &Arc<Self>, roots: Vec<Bytes>) {
-        lock(&self.building).roots = roots;
-        self.registrations_changed();
+        let mut building = lock(&self.building);
+        building.roots = roots;
+        self.publish(&mut building, None);
     }
 
-    /// Compiles and publishes now. Returns the states before and after.
-    pub async fn rebuild(self: &Arc<Self>) -> (Arc<Published>, Arc<Published>) {
+    /// Compiles the registrations and publishes now.
+    pub async fn rebuild(self: &Arc<Self>) -> Changed {
         let mesh = self.clone();
-        let build = move || {
-            let mut building = lock(&mesh.building);
-            let before = mesh.now();
-            mesh.build(&mut building);
-            (before, mesh.now())
-        };
+        let build = move || mesh.publish(&mut lock(&mesh.building), Some(Vec::new()));
         match tokio::task::spawn_blocking(build).await {
-            Ok(states) => states,
+            Ok(changed) => changed,
             Err(error) => {
                 tracing::error!(%error, "compiling failed; the state before goes on serving");
-                (self.now(), self.now())
+                Changed { before: self.now(), after: self.now(), touched: Touched::Topics(BTreeSet::new()) }
             }
         }
     }
 
     /// Follows files and registrations until dropped.
-    pub async fn run(self: Arc<Self>, mut changes: mpsc::Receiver<()>) {
+    pub async fn run(self: Arc<Self>, mut noticed: Noticed) {
         let mut rescan = tokio::time::interval_at(tokio::time::Instant::now() + RESCAN, RESCAN);
         let mut sweep = tokio::time::interval((self.settings.lease / 10).max(Duration::from_millis(50)));
         sweep.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
         loop {
             tokio::select! {
-                Some(()) = changes.recv() => {
-                    tokio::time::sleep(DEBOUNCE).await;
-                    let _ = changes.try_recv();
-                    self.reload().await;
-                }
+                ready = noticed.next() => self.look(ready).await,
                 _ = rescan.tick() => self.reload().await,
                 () = self.registered.notified() => {
                     tokio::time::sleep(COALESCE).await;
@@ -283,19 +305,35 @@ impl Mesh {
 
     /// Reads every source again.
     pub async fn reload(self: &Arc<Self>) {
+        self.look(Ready::Any).await;
+    }
+
+    async fn look(self: &Arc<Self>, ready: Ready) {
         let mesh = self.clone();
         let work = move || {
-            let files = match mesh.settings.read() {
-                Ok(files) => files,
+            let mut building = lock(&mesh.building);
+            let changes = match &ready {
+                Ready::Paths(paths) => building.sources.look(paths),
+                Ready::Any => building.sources.scan(),
+            };
+            mesh.reads.store(building.sources.reads(), Ordering::Relaxed);
+            let changes = match changes {
+                Ok(changes) => changes,
                 Err(error) => {
                     let config = mesh.settings.config.display();
                     tracing::error!(%config, %error, "the configuration cannot be read; what it held goes on serving");
                     return;
                 }
             };
-            let mut building = lock(&mesh.building);
-            if mesh.take(files, &mut building, false) {
-                mesh.build(&mut building);
+            let before = building.store.accepted();
+            let replaced = building.store.apply(changes);
+            let filters = replaced.iter().any(|(id, _)| id.kind == "WasmFilter");
+            let modules = building.load_modules(filters);
+            let closed = before.closed != building.store.accepted().closed;
+            if modules || closed {
+                mesh.publish(&mut building, None);
+            } else if !replaced.is_empty() || !Arc::ptr_eq(&before, &building.store.accepted()) {
+                mesh.publish(&mut building, Some(replaced));
             }
         };
         if let Err(error) = tokio::task::spawn_blocking(work).await {
@@ -361,75 +399,141 @@ impl Mesh {
         })
     }
 
-    /// Takes the same files with other modules: what had to be put back for want of a module may serve now.
+    /// With other modules: what had to be put back for want of one may serve now.
     fn again(&self, building: &mut Building) {
-        let files = building.files.clone();
-        self.take(files, building, true);
-        self.build(building);
+        building.store.apply(BTreeMap::new());
+        building.load_modules(true);
+        self.publish(building, None);
     }
 
-    /// Takes in files and modules. Returns whether anything is other than before; `again`: it is.
-    fn take(&self, files: Files, building: &mut Building, again: bool) -> bool {
-        let files_changed = again || files != building.files || self.now().generation == 0;
-        if files_changed {
-            let accepted = building.store.apply(&files);
-            store::report(&building.accepted, &accepted);
-            building.accepted = accepted;
-            building.files = files;
-            building.wanted = wanted_modules(&building.accepted.resources);
-            building.problems.retain(|source, _| building.wanted.contains_key(source));
-        }
-        let found = building.modules.load(building.wanted.keys());
-        building.watch.also(building.wanted.keys().filter_map(|source| match source {
-            ModuleSource::File(path) => Some(path.as_str()),
-            _ => None,
-        }));
-        let modules_changed = found != building.found;
-        building.found = found;
-        files_changed || modules_changed
-    }
-
-    fn build(&self, building: &mut Building) {
-        let registrations = self.leases().registrations();
-        let held = building.modules.held();
-        let inputs = |building: &Building| Inputs {
-            resources: building.accepted.resources.clone(),
-            registrations: registrations.clone(),
-            trust_domain: self.settings.trust_domain.clone(),
-            closed: building.accepted.closed.clone(),
-            modules: Modules { found: building.found.clone(), problems: building.problems.clone(), held: held.clone() },
-            roots: BTreeMap::from([(self.settings.trust_domain.clone(), building.roots.clone())]),
+    /// Publishes what these resources and the registrations became; `None`: from everything.
+    fn publish(&self, building: &mut Building, replaced: Option<Vec<Replaced>>) -> Changed {
+        let before = self.now();
+        let renewed = self.leases().take_changed();
+        let change = replaced.map(|resources| Change { resources, registrations: renewed.clone() });
+        let narrow = change.and_then(|change| before.catalog.changed(&change));
+        let (catalog, touched) = match narrow {
+            Some((catalog, topics)) => (catalog, Touched::Topics(topics)),
+            None => (self.build(building), Touched::All),
         };
-        let (mut catalog, mut rejections) = Catalog::build(inputs(building));
-        if building.restore(&rejections) {
-            (catalog, rejections) = Catalog::build(inputs(building));
+        let generation = before.generation + 1;
+        let after = Arc::new(Published {
+            generation,
+            catalog,
+            accepted: building.say(),
+            missing: building.missing(),
+            modules: building.modules.held(),
+            epochs: before.epochs.after(generation, &touched),
+            answers: self.answers.clone(),
+        });
+        self.published.send_replace(after.clone());
+        if let Some(listener) = self.listener.get() {
+            listener(&touched);
         }
-        let mut accepted = building.accepted.clone();
+        self.save(building, &renewed);
+        Changed { before, after, touched }
+    }
+
+    fn build(&self, building: &mut Building) -> Catalog {
+        self.builds.fetch_add(1, Ordering::Relaxed);
+        let registrations = self.leases().registrations();
+        let (mut catalog, mut rejections) = Catalog::build(self.inputs(building, registrations.clone()));
+        building.findings.clear();
+        if building.restore(&rejections) {
+            (catalog, rejections) = Catalog::build(self.inputs(building, registrations));
+        }
         let now = self.now();
         for rejection in rejections {
             if !now.accepted.rejected.iter().any(|known| known.rejection == rejection) {
                 tracing::error!("rejected: {rejection}");
             }
-            accepted.rejected.push(Rejected::new(rejection, Serving::Nothing));
+            building.findings.push(Rejected::new(rejection, Serving::Nothing));
         }
         let in_use = catalog.wasm_modules().into_iter().chain(building.found.values().cloned());
         let in_use: BTreeSet<String> = in_use.map(|module| module.sha256).collect();
-        let missing = building.missing(&held);
-        let published = Published { missing, ..Published::new(now.generation + 1, catalog, accepted, held) };
-        self.published.send_replace(Arc::new(published));
         building.modules.prune(&in_use);
+        catalog
+    }
+
+    fn inputs(&self, building: &Building, registrations: Vec<Arc<Registration>>) -> Inputs {
+        Inputs {
+            resources: building.store.resources(),
+            registrations,
+            trust_domain: self.settings.trust_domain.clone(),
+            closed: building.store.accepted().closed.clone(),
+            modules: Modules {
+                found: building.found.clone(),
+                problems: building.problems.clone(),
+                held: building.modules.held(),
+            },
+            roots: BTreeMap::from([(self.settings.trust_domain.clone(), building.roots.clone())]),
+        }
+    }
+
+    fn save(&self, building: &mut Building, renewed: &[(Name, Option<Arc<Registration>>)]) {
         if let Err(error) = building.store.save() {
             tracing::error!(%error, "last good versions cannot be written");
         }
-        if let Err(error) = write_registrations(&self.settings.state.join("registrations.json"), &registrations) {
+        if renewed.is_empty() {
+            return;
+        }
+        let line = |name: &Name, registration: Option<&Registration>| Saved {
+            name: name.clone(),
+            registration: registration.cloned(),
+        };
+        let lines: Vec<Saved> =
+            renewed.iter().map(|(name, registration)| line(name, registration.as_deref())).collect();
+        let live = self.leases().registrations();
+        let named = |one: &Arc<Registration>| line(&(one.namespace.clone(), one.name.clone()), Some(one));
+        let all = match building.registrations.grows(lines.len(), live.len()) {
+            true => live.iter().map(named).collect(),
+            false => Vec::new(),
+        };
+        if let Err(error) = building.registrations.append(&lines, &all) {
             tracing::error!(%error, "registrations cannot be written");
         }
     }
 }
 
 impl Building {
+    /// Looks at the modules again; which ones are wanted only if filters changed. Returns whether one is other than before.
+    fn load_modules(&mut self, filters: bool) -> bool {
+        if filters {
+            self.wanted = wanted_modules(&self.store.resources());
+            self.problems.retain(|source, _| self.wanted.contains_key(source));
+        }
+        if self.wanted.is_empty() && self.found.is_empty() {
+            return false;
+        }
+        let found = self.modules.load(self.wanted.keys());
+        self.watch.also(self.wanted.keys().filter_map(|source| match source {
+            ModuleSource::File(path) => Some(path.as_str()),
+            _ => None,
+        }));
+        let changed = found != self.found;
+        self.found = found;
+        changed
+    }
+
+    /// What is to be said of the files, and of what they say together. Logs what is new.
+    fn say(&mut self) -> Arc<Accepted> {
+        let accepted = self.store.accepted();
+        store::report(&self.accepted, &accepted);
+        self.accepted = accepted.clone();
+        if self.findings.is_empty() {
+            return accepted;
+        }
+        let mut accepted = Accepted::clone(&accepted);
+        accepted.rejected.extend(self.findings.iter().cloned());
+        Arc::new(accepted)
+    }
+
     /// Remote sources of which a module is wanted that is not here.
-    fn missing(&self, held: &BTreeMap<String, u64>) -> BTreeSet<ModuleSource> {
+    fn missing(&self) -> BTreeSet<ModuleSource> {
+        if self.wanted.is_empty() {
+            return BTreeSet::new();
+        }
+        let held = self.modules.held();
         let here = |source: &ModuleSource, pinned: &BTreeSet<String>| match pinned.is_empty() {
             true => self.found.contains_key(source),
             false => pinned.iter().all(|digest| held.contains_key(digest)),
@@ -441,37 +545,15 @@ impl Building {
     /// Puts back the last good versions of policies that contradict older ones, and of filters whose module is not here; whether
     /// there was any. Other findings of the compilation leave a resource in force, or have no earlier version.
     fn restore(&mut self, rejections: &[Rejection]) -> bool {
-        let mut restored = false;
         let restorable = |rejection: &&Rejection| matches!(rejection.kind.as_str(), "TrafficPolicy" | "WasmFilter");
         for rejection in rejections.iter().filter(restorable) {
-            let Some(last) = self.store.retract(rejection) else { continue };
-            if let Some(place) = self.accepted.resources.iter_mut().find(|loaded| loaded.id == last.id) {
-                *place = last;
+            if self.store.retract(rejection).is_some() {
+                tracing::error!("rejected: {rejection}");
+                self.findings.push(Rejected::new(rejection.clone(), Serving::LastGood));
             }
-            tracing::error!("rejected: {rejection}");
-            self.accepted.rejected.push(Rejected::new(rejection.clone(), Serving::LastGood));
-            restored = true;
         }
-        restored
+        !self.findings.is_empty()
     }
-}
-
-fn read_registrations(path: &Path) -> io::Result<Vec<Registration>> {
-    match std::fs::read(path) {
-        Ok(text) => Ok(serde_json::from_slice(&text)?),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
-        Err(error) => Err(error),
-    }
-}
-
-fn write_registrations(path: &Path, registrations: &[Arc<Registration>]) -> io::Result<()> {
-    let registrations: Vec<&Registration> = registrations.iter().map(|registration| &**registration).collect();
-    let text = serde_json::to_vec(&registrations)?;
-    // Most builds change no registration.
-    if std::fs::read(path).is_ok_and(|before| before == text) {
-        return Ok(());
-    }
-    durable::write(path, &text, 0o600)
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -22,8 +22,9 @@ pub struct Metrics {
 }
 
 impl Metrics {
-    /// The text. The arguments are read at this moment: connected proxies, rejected resources, published states.
-    pub fn text(&self, proxies: usize, rejected: usize, generation: u64) -> String {
+    /// The text. The arguments are read at this moment: connected proxies, rejected resources, published
+    /// states, and the work of [`Mesh::work`](crate::mesh::Mesh::work).
+    pub fn text(&self, proxies: usize, rejected: usize, generation: u64, work: (u64, u64, u64)) -> String {
         let gauge = |value: usize| i64::try_from(value).unwrap_or(i64::MAX);
         self.proxies.set(gauge(proxies));
         self.rejected.set(gauge(rejected));
@@ -36,6 +37,15 @@ impl Metrics {
         registry.register("connected_proxies", "Proxies with an open discovery stream", self.proxies.clone());
         registry.register("rejected_resources", "Resources rejected now", self.rejected.clone());
         registry.register("generation", "States published since the start", self.generation.clone());
+        for (name, help, count) in [
+            ("compiled_answers", "Answers to subscriptions that were compiled and encoded", work.0),
+            ("full_builds", "Times that the catalog was built from everything", work.1),
+            ("files_read", "Configuration files read", work.2),
+        ] {
+            let counter = Counter::<u64>::default();
+            counter.inc_by(count);
+            registry.register(name, help, counter);
+        }
         let mut text = String::new();
         // Writing to a string does not fail.
         let _ = encode(&mut text, &registry);

@@ -1,17 +1,20 @@
 //! The proxies that are, or lately were, connected.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
-use outrigger_core::compile::Client;
+use outrigger_core::compile::{Client, Topic};
 use outrigger_core::key::Key;
+use outrigger_proto::discovery::DeltaDiscoveryRequest;
 use outrigger_proto::type_url;
 use serde::Serialize;
 use tokio::sync::watch;
 
-use crate::delta::{Held, Stream};
-use crate::mesh::Published;
+use crate::answers::Touched;
+use crate::delta::{Held, Stream, Subscription, TYPES};
+use crate::mesh::{Changed, Published};
+use crate::subscribers::{Asked, Inbox, Subscribers};
 
 /// A disconnected proxy is listed this long.
 const REMEMBERED: Duration = Duration::from_secs(3600);
@@ -22,6 +25,7 @@ const MAX_REMEMBERED: usize = 1024;
 #[derive(Debug)]
 pub struct Proxies {
     entries: Mutex<Entries>,
+    subscribers: Subscribers,
     settled: watch::Sender<u64>,
 }
 
@@ -42,6 +46,7 @@ pub struct Proxy {
     address: String,
     since: u64,
     stream: Mutex<Stream>,
+    inbox: Arc<Inbox>,
     ended: Mutex<Option<Instant>>,
 }
 
@@ -92,7 +97,7 @@ struct NackRow {
 
 impl Default for Proxies {
     fn default() -> Self {
-        Self { entries: Mutex::default(), settled: watch::Sender::new(0) }
+        Self { entries: Mutex::default(), subscribers: Subscribers::default(), settled: watch::Sender::new(0) }
     }
 }
 
@@ -105,8 +110,8 @@ impl Proxies {
         let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs());
         let gone = |proxy: &Proxy| lock(&proxy.ended).is_some();
         entries.by_id.retain(|_, other| other.client != client || !gone(other));
-        let proxy =
-            Arc::new(Proxy { id, client, identity, address, since, stream: Mutex::default(), ended: Mutex::new(None) });
+        let (inbox, stream) = (self.subscribers.open(id), Mutex::default());
+        let proxy = Arc::new(Proxy { id, client, identity, address, since, stream, inbox, ended: Mutex::new(None) });
         entries.by_id.insert(id, proxy.clone());
         Connected { proxy, proxies: self.clone() }
     }
@@ -116,13 +121,27 @@ impl Proxies {
         self.settled.send_modify(|count| *count += 1);
     }
 
-    /// Waits until every connected proxy has acknowledged what is other in `after` than in `before` among endpoints
+    /// Tells the streams that a change concerns.
+    pub fn tell(&self, touched: &Touched) {
+        self.subscribers.tell(touched);
+    }
+
+    /// Waits until every connected proxy has acknowledged what a change made other among endpoints
     /// (refused counts: waiting longer would not help). `false` when that took longer than `limit`.
-    pub async fn confirmed(&self, before: &Published, after: &Published, limit: Duration) -> bool {
+    pub async fn confirmed(&self, change: &Changed, limit: Duration) -> bool {
         let mut settled = self.settled.subscribe();
+        let concerned = self.subscribers.of(&change.touched);
+        let mut waiting = self.connected();
+        if let Some(concerned) = &concerned {
+            waiting.retain(|proxy| concerned.contains_key(&proxy.id));
+        }
         let all = async {
-            while !self.connected().iter().all(|proxy| proxy.has_taken(before, after)) {
-                if settled.changed().await.is_err() {
+            loop {
+                waiting.retain(|proxy| {
+                    let asked = concerned.as_ref().and_then(|concerned| concerned.get(&proxy.id));
+                    lock(&proxy.ended).is_none() && !proxy.has_taken(change, asked)
+                });
+                if waiting.is_empty() || settled.changed().await.is_err() {
                     return;
                 }
             }
@@ -175,13 +194,23 @@ impl Proxy {
         lock(&self.stream)
     }
 
-    fn has_taken(&self, before: &Published, after: &Published) -> bool {
+    fn topic(&self, kind: &str, name: &str) -> Option<Topic> {
+        Topic::of(kind, &name.parse().ok()?, &self.client)
+    }
+
+    /// What the stream has to look at again.
+    pub fn inbox(&self) -> &Inbox {
+        &self.inbox
+    }
+
+    /// Whether it has taken what a change made of these subscriptions, or of all.
+    fn has_taken(&self, change: &Changed, asked: Option<&BTreeSet<Asked>>) -> bool {
         let stream = self.stream();
         let endpoints = [type_url::ENDPOINTS, type_url::WORKLOAD, type_url::SERVICE];
-        stream.subscriptions().filter(|(kind, ..)| endpoints.contains(kind)).all(|(kind, name, subscription)| {
+        let taken = |kind: &str, name: &str, subscription: &Subscription| {
             let Ok(key) = name.parse::<Key>() else { return true };
             let version = |state: &Published| state.answer(kind, &key, &self.client).map(|found| found.version.clone());
-            let (was, is) = (version(before), version(after));
+            let (was, is) = (version(&change.before), version(&change.after));
             if was == is {
                 return true;
             }
@@ -191,7 +220,16 @@ impl Proxy {
             let refused = subscription.rejected.as_ref().is_some_and(|rejected| rejected.held == is);
             // A later state may have been sent meanwhile: it includes this one.
             refused || acked == Some(&is) || (acked == subscription.sent.as_ref() && acked != Some(&was))
-        })
+        };
+        match asked {
+            Some(asked) => asked.iter().filter(|(kind, _)| endpoints.contains(kind)).all(|(kind, name)| {
+                stream.subscription(kind, name).is_none_or(|subscription| taken(kind, name, subscription))
+            }),
+            None => stream
+                .subscriptions()
+                .filter(|(kind, ..)| endpoints.contains(kind))
+                .all(|(kind, name, subscription)| taken(kind, name, subscription)),
+        }
     }
 
     fn row(&self, now: &Published) -> ProxyRow {
@@ -239,6 +277,38 @@ impl Proxy {
     }
 }
 
+impl Connected {
+    /// Is told from now on of changes of what a request subscribes to.
+    pub fn follow(&self, request: &DeltaDiscoveryRequest) {
+        self.topics(request, &request.resource_names_subscribe, |topic, asked| {
+            self.proxies.subscribers.add(self.proxy.id, topic, asked);
+        });
+    }
+
+    /// After the request: is no longer told of what it does not subscribe to any more, or was refused.
+    pub fn unfollow(&self, request: &DeltaDiscoveryRequest) {
+        let stream = self.proxy.stream();
+        let names = request.resource_names_unsubscribe.iter().chain(&request.resource_names_subscribe);
+        self.topics(request, names.filter(|name| !stream.has(&request.type_url, name)), |topic, asked| {
+            self.proxies.subscribers.remove(self.proxy.id, &topic, &asked);
+        });
+    }
+
+    fn topics<'a>(
+        &self,
+        request: &DeltaDiscoveryRequest,
+        names: impl IntoIterator<Item = &'a String>,
+        mut each: impl FnMut(Topic, Asked),
+    ) {
+        let Some(kind) = TYPES.iter().find(|kind| **kind == request.type_url) else { return };
+        for name in names {
+            if let Some(topic) = self.proxy.topic(kind, name) {
+                each(topic, (kind, name.as_str().into()));
+            }
+        }
+    }
+}
+
 impl std::ops::Deref for Connected {
     type Target = Proxy;
 
@@ -249,6 +319,13 @@ impl std::ops::Deref for Connected {
 
 impl Drop for Connected {
     fn drop(&mut self) {
+        let subscribers = &self.proxies.subscribers;
+        subscribers.close(self.proxy.id);
+        for (kind, name, _) in self.proxy.stream().subscriptions() {
+            if let Some(topic) = self.proxy.topic(kind, name) {
+                subscribers.remove(self.proxy.id, &topic, &(kind, name.into()));
+            }
+        }
         self.proxies.disconnect(self.proxy.id);
     }
 }

@@ -119,8 +119,8 @@ impl Registry for Service {
             return Ok(Response::new(WithdrawResponse { confirmed: true }));
         }
         tracing::info!(namespace = %name.0, workload = %name.1, "withdrawn");
-        let (before, after) = self.mesh.rebuild().await;
-        let confirmed = self.proxies.confirmed(&before, &after, CONFIRM).await;
+        let changed = self.mesh.rebuild().await;
+        let confirmed = self.proxies.confirmed(&changed, CONFIRM).await;
         Ok(Response::new(WithdrawResponse { confirmed }))
     }
 }

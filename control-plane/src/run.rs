@@ -62,7 +62,7 @@ pub struct Control {
 /// What kept it from starting, or ended it.
 pub async fn run(flags: Flags, stop: impl Future<Output = ()>) -> anyhow::Result<()> {
     let mut control = Control::start(&flags).await?;
-    let accepted = &control.mesh.now().accepted;
+    let now = control.mesh.now();
     // A broken pipe is no reason to end.
     let _ = writeln!(
         std::io::stdout(),
@@ -70,9 +70,9 @@ pub async fn run(flags: Flags, stop: impl Future<Output = ()>) -> anyhow::Result
         control.grpc,
         control.http,
         flags.trust_domain,
-        accepted.resources.len(),
+        now.catalog.resources().count(),
         flags.config.display(),
-        accepted.rejected.len()
+        now.accepted.rejected.len()
     );
     tokio::select! {
         () = stop => tracing::info!("stopping"),
@@ -114,6 +114,8 @@ impl Control {
 
         let metrics = Metrics::default();
         let (proxies, refusals) = (Arc::new(Proxies::default()), Arc::new(Refusals::default()));
+        let listening = proxies.clone();
+        mesh.listen(move |touched| listening.tell(touched));
         let (stop, stopping) = watch::channel(false);
         let signer = Signer {
             authority: authority.clone(),

@@ -211,7 +211,7 @@ fn ask(type_url: &str, name: &str) -> DeltaDiscoveryRequest {
 
 fn endpoints(response: &DeltaDiscoveryResponse) -> usize {
     let [resource] = response.resources.as_slice() else { panic!("{response:?}") };
-    mesh::Endpoints::decode(resource.resource.as_ref().unwrap().value.as_slice()).unwrap().endpoints.len()
+    mesh::Endpoints::decode(resource.resource.as_ref().unwrap().value.clone()).unwrap().endpoints.len()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -356,7 +356,7 @@ async fn a_module_is_fetched_by_digest_from_an_offset() {
     let channel = world.channel(Some(&web)).await;
     let mut stream = Stream::open(channel.clone(), "web-0", ask(type_url::FILTER, "filter/demo/f")).await;
     let resource = stream.next().await.resources.remove(0).resource.unwrap();
-    let name = format!("wasm/{}", mesh::Filter::decode(resource.value.as_slice()).unwrap().sha256);
+    let name = format!("wasm/{}", mesh::Filter::decode(resource.value.clone()).unwrap().sha256);
     let mut modules = ModulesClient::new(channel);
     let fetch = FetchRequest { name, offset: 10 };
     let mut chunks = modules.fetch(fetch).await.unwrap().into_inner();

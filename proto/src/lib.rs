@@ -2,6 +2,17 @@
 //!
 //! Without the feature `grpc` only the messages exist, and nothing in this crate does IO.
 
+/// `google.protobuf.Any`, with bytes that are shared rather than copied.
+#[derive(Clone, PartialEq, Eq, Hash, prost::Message)]
+pub struct Any {
+    /// What `value` is
+    #[prost(string, tag = "1")]
+    pub type_url: String,
+    /// The encoded message
+    #[prost(bytes = "bytes", tag = "2")]
+    pub value: prost::bytes::Bytes,
+}
+
 /// The incremental xDS transport, wire-compatible with Envoy's `envoy.service.discovery.v3`.
 #[allow(missing_docs, clippy::all, clippy::pedantic)]
 pub mod discovery {

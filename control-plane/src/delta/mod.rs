@@ -8,8 +8,10 @@ use std::sync::Arc;
 
 use outrigger_core::compile::Found;
 use outrigger_proto::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Resource, ResourceError, Status};
-use outrigger_proto::type_url;
+use outrigger_proto::{Any, type_url};
 use prost::Message;
+
+use crate::subscribers::Look;
 
 #[cfg(test)]
 mod tests;
@@ -175,24 +177,44 @@ impl Stream {
         Ok(outcome)
     }
 
-    /// What must be sent after what the mesh says has changed. What the client refused is not sent again until its
-    /// content changes.
-    pub fn changed(&mut self, answers: &dyn Answers) -> Vec<DeltaDiscoveryResponse> {
+    /// What must be sent after what the mesh says has changed, for the subscriptions that this may concern. What the client
+    /// refused is not sent again until its content changes.
+    pub fn changed(&mut self, look: &Look, answers: &dyn Answers) -> Vec<DeltaDiscoveryResponse> {
         let mut responses = Vec::new();
         for type_url in TYPES {
             let Some(subscriptions) = self.types.get_mut(type_url) else { continue };
             let mut batch = Batch::default();
-            for (name, subscription) in subscriptions {
+            let mut check = |name: &str, subscription: &mut Subscription| {
                 let answer = answers.answer(type_url, name);
                 let now = held(answer.as_deref());
                 if subscription.sent.as_ref() != Some(&now) {
                     subscription.sent = Some(now);
-                    batch.told.push((name.clone(), answer));
+                    batch.told.push((name.to_owned(), answer));
+                }
+            };
+            match look {
+                Look::All => subscriptions.iter_mut().for_each(|(name, subscription)| check(name, subscription)),
+                Look::At(asked) => {
+                    for (_, name) in asked.iter().filter(|(kind, _)| *kind == type_url) {
+                        if let Some(subscription) = subscriptions.get_mut(&**name) {
+                            check(name, subscription);
+                        }
+                    }
                 }
             }
             self.respond(type_url, batch, &mut responses);
         }
         responses
+    }
+
+    /// Whether this is subscribed to.
+    pub fn has(&self, type_url: &str, name: &str) -> bool {
+        self.types.get(type_url).is_some_and(|subscriptions| subscriptions.contains_key(name))
+    }
+
+    /// One subscription.
+    pub fn subscription(&self, type_url: &str, name: &str) -> Option<&Subscription> {
+        self.types.get(type_url)?.get(name)
     }
 
     /// Every subscription: type, asked name, state.
@@ -292,7 +314,8 @@ impl Part {
             self.size += found.bytes.len();
             self.resources.push(Resource {
                 version: found.version.clone(),
-                resource: Some(prost_types::Any { type_url: found.type_url.to_owned(), value: found.bytes.to_vec() }),
+                // The bytes are shared by all who get them.
+                resource: Some(Any { type_url: found.type_url.to_owned(), value: found.bytes.clone() }),
                 name: found.name.clone(),
                 aliases: Vec::new(),
             });
@@ -319,7 +342,7 @@ impl Refusals {
             if !detail.type_url.ends_with("/envoy.service.discovery.v3.ResourceError") {
                 continue;
             }
-            let Ok(error) = ResourceError::decode(detail.value.as_slice()) else { continue };
+            let Ok(error) = ResourceError::decode(detail.value.clone()) else { continue };
             let Some(name) = error.resource_name else { continue };
             let reason = error.error_detail.map_or_else(|| status.message.clone(), |status| status.message);
             named.insert(name.name, bounded(&reason));

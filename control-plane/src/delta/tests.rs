@@ -52,13 +52,14 @@ fn ack(response: &DeltaDiscoveryResponse) -> DeltaDiscoveryRequest {
 fn nack(response: &DeltaDiscoveryResponse, names: &[&str]) -> DeltaDiscoveryRequest {
     let details = names
         .iter()
-        .map(|name| prost_types::Any {
+        .map(|name| outrigger_proto::Any {
             type_url: "type.googleapis.com/envoy.service.discovery.v3.ResourceError".into(),
             value: ResourceError {
                 resource_name: Some(outrigger_proto::discovery::ResourceName { name: (*name).into() }),
                 error_detail: Some(Status { code: 3, message: format!("{name} is bad"), details: Vec::new() }),
             }
-            .encode_to_vec(),
+            .encode_to_vec()
+            .into(),
         })
         .collect();
     let status = Status { code: 3, message: "some are bad".into(), details };
@@ -100,9 +101,9 @@ fn what_is_subscribed_is_sent_once_and_again_when_it_changes() {
     let after_ack = stream.request(&ack(&first[0]), &mesh).unwrap();
     assert!(after_ack.responses.is_empty() && after_ack.settled);
     assert_eq!(state(&stream, "svc/demo/a").acked, version("v-1"));
-    assert!(stream.changed(&mesh).is_empty());
+    assert!(stream.changed(&Look::All, &mesh).is_empty());
     mesh.set("svc/demo/a", "2");
-    assert_eq!(seen(&stream.changed(&mesh)), sent("svc/demo/a", "v-2"));
+    assert_eq!(seen(&stream.changed(&Look::All, &mesh)), sent("svc/demo/a", "v-2"));
 }
 
 #[test]
@@ -114,11 +115,11 @@ fn absence_is_an_answer_and_later_creation_is_pushed() {
     stream.request(&ack(&first[0]), &mesh).unwrap();
     assert_eq!(state(&stream, "svc/demo/a").acked, Some(Held::Absent));
     mesh.set("svc/demo/a", "1");
-    assert_eq!(seen(&stream.changed(&mesh)), sent("svc/demo/a", "v-1"));
+    assert_eq!(seen(&stream.changed(&Look::All, &mesh)), sent("svc/demo/a", "v-1"));
     mesh.0.clear();
-    assert_eq!(seen(&stream.changed(&mesh)).1, ["svc/demo/a"]);
+    assert_eq!(seen(&stream.changed(&Look::All, &mesh)).1, ["svc/demo/a"]);
     mesh.set("svc/demo/a", "1");
-    assert_eq!(seen(&stream.changed(&mesh)), sent("svc/demo/a", "v-1"));
+    assert_eq!(seen(&stream.changed(&Look::All, &mesh)), sent("svc/demo/a", "v-1"));
 }
 
 #[test]
@@ -136,9 +137,9 @@ fn a_nack_names_one_of_three_and_that_one_waits_for_new_content() {
     assert_eq!(state(&stream, "svc/demo/c").acked, version("v-1"));
     let b = state(&stream, "svc/demo/b");
     assert_eq!((b.acked, b.rejected.unwrap().reason.as_str()), (None, "svc/demo/b is bad"));
-    assert!(stream.changed(&mesh).is_empty());
+    assert!(stream.changed(&Look::All, &mesh).is_empty());
     mesh.set("svc/demo/b", "2");
-    let next = stream.changed(&mesh);
+    let next = stream.changed(&Look::All, &mesh);
     assert_eq!(seen(&next), sent("svc/demo/b", "v-2"));
     stream.request(&ack(&next[0]), &mesh).unwrap();
     let b = state(&stream, "svc/demo/b");
@@ -193,12 +194,12 @@ fn an_alias_is_answered_with_the_canonical_resource() {
     assert_eq!(resources, [("svc/demo/a".to_owned(), aliases, "v-1".to_owned())]);
     // The address now belongs to another service: the same alias, another canonical name.
     mesh.alias("ip/10.0.0.1:80", "svc/demo/b", "b");
-    let (resources, removed) = seen(&stream.changed(&mesh));
+    let (resources, removed) = seen(&stream.changed(&Look::All, &mesh));
     assert_eq!(resources, [("svc/demo/b".to_owned(), vec!["ip/10.0.0.1:80".to_owned()], "v-b".to_owned())]);
     assert!(removed.is_empty());
     // And now to none: only the alias is removed.
     mesh.0.remove("ip/10.0.0.1:80");
-    assert_eq!(seen(&stream.changed(&mesh)), (Vec::new(), vec!["ip/10.0.0.1:80".to_owned()]));
+    assert_eq!(seen(&stream.changed(&Look::All, &mesh)), (Vec::new(), vec!["ip/10.0.0.1:80".to_owned()]));
 }
 
 #[test]
@@ -210,7 +211,7 @@ fn an_unsubscribed_resource_is_not_sent_and_one_asked_for_again_is() {
     let leave = DeltaDiscoveryRequest { resource_names_unsubscribe: vec!["svc/demo/a".into()], ..ask(&[]) };
     assert!(stream.request(&leave, &mesh).unwrap().responses.is_empty());
     mesh.set("svc/demo/a", "2");
-    assert!(stream.changed(&mesh).is_empty());
+    assert!(stream.changed(&Look::All, &mesh).is_empty());
     assert_eq!(seen(&stream.request(&ask(&["svc/demo/a"]), &mesh).unwrap().responses), sent("svc/demo/a", "v-2"));
     // The client may have forgotten it: asking again is answered, though nothing changed.
     assert_eq!(seen(&stream.request(&ask(&["svc/demo/a"]), &mesh).unwrap().responses), sent("svc/demo/a", "v-2"));
@@ -223,7 +224,7 @@ fn a_late_ack_does_not_settle_what_was_sent_after() {
     let mut stream = Stream::default();
     let first = stream.request(&ask(&["svc/demo/a"]), &mesh).unwrap().responses;
     mesh.set("svc/demo/a", "2");
-    stream.changed(&mesh);
+    stream.changed(&Look::All, &mesh);
     stream.request(&ack(&first[0]), &mesh).unwrap();
     let a = state(&stream, "svc/demo/a");
     assert_eq!((a.acked, a.sent), (version("v-1"), version("v-2")));

@@ -1,17 +1,20 @@
 //! The last good version of every resource. One bad document is rejected alone: what it said before goes on serving,
-//! also after a restart, until the document is removed or repaired.
+//! also after a restart, until the document is removed or repaired. A change of a file costs that file, not all of them.
+
+mod instead;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use outrigger_core::compile::ClosedPolicy;
-use outrigger_core::resource::{self, Closed, Loaded, Parsed, Rejection, ResourceId, Skipped};
+use outrigger_core::resource::{self, Closed, Loaded, Rejection, ResourceId, Skipped};
 use serde::{Deserialize, Serialize};
 
-use crate::durable;
-use crate::source::Files;
+use crate::durable::Log;
+use crate::source::Changes;
 
 #[cfg(test)]
 mod tests;
@@ -50,11 +53,9 @@ impl Rejected {
     }
 }
 
-/// What the files say now, as far as it is good.
-#[derive(Debug, Clone, Default)]
+/// What is to be said of the files as they are now.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Accepted {
-    /// Oldest first
-    pub resources: Vec<Arc<Loaded>>,
     /// Not accepted
     pub rejected: Vec<Rejected>,
     /// Of no use to the mesh
@@ -63,16 +64,37 @@ pub struct Accepted {
     pub closed: Vec<ClosedPolicy>,
 }
 
+/// A resource whose version in force became another; `None`: it is gone.
+pub type Replaced = (ResourceId, Option<Arc<Loaded>>);
+
 /// The last good versions, and the file they are kept in.
 #[derive(Debug)]
 pub struct Store {
-    path: PathBuf,
+    log: Log,
     good: BTreeMap<ResourceId, Good>,
-    /// What was good before the files changed the last time
-    before: BTreeMap<ResourceId, Good>,
+    /// What was good before the last change, of what that touched
+    before: HashMap<ResourceId, Option<Good>>,
     next_order: u64,
-    parsed: HashMap<String, (String, Arc<Parsed>)>,
-    unsaved: bool,
+    files: BTreeMap<String, Arc<File>>,
+    /// The files that declare a resource well
+    declared: HashMap<ResourceId, BTreeSet<String>>,
+    /// Those that are declared more than once
+    doubled: BTreeSet<ResourceId>,
+    /// Files of which something is to be said
+    noted: BTreeSet<String>,
+    accepted: Arc<Accepted>,
+    unsaved: BTreeSet<ResourceId>,
+    /// Those that were taken back: looked at again with every change, since what they contradict may be gone
+    retracted: BTreeSet<ResourceId>,
+}
+
+/// What one file holds.
+#[derive(Debug, Default)]
+struct File {
+    digest: u64,
+    resources: Vec<Arc<Loaded>>,
+    rejections: Vec<Rejection>,
+    skipped: Vec<Skipped>,
 }
 
 #[derive(Debug, Clone)]
@@ -82,17 +104,17 @@ struct Good {
     order: u64,
 }
 
-/// The form on disk.
+/// A line of the file on disk.
 #[derive(Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct Saved {
-    next_order: u64,
-    resources: Vec<SavedResource>,
+    id: ResourceId,
+    /// `None`: gone
+    version: Option<SavedVersion>,
 }
 
 #[derive(Serialize, Deserialize)]
-struct SavedResource {
-    id: ResourceId,
+struct SavedVersion {
     file: String,
     line: u32,
     order: u64,
@@ -105,71 +127,68 @@ impl Store {
     /// # Errors
     /// When the file exists and cannot be read: starting without it would drop resources that served.
     pub fn open(path: PathBuf) -> io::Result<Self> {
-        let mut store = Self {
-            path,
-            good: BTreeMap::new(),
-            before: BTreeMap::new(),
-            next_order: 0,
-            parsed: HashMap::new(),
-            unsaved: false,
-        };
-        let text = match std::fs::read(&store.path) {
-            Ok(text) => text,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(store),
-            Err(error) => return Err(error),
-        };
-        let saved: Saved = serde_json::from_slice(&text)?;
-        store.next_order = saved.next_order;
-        for SavedResource { id, file, line, order, document } in saved.resources {
+        let (log, lines) = Log::open::<Saved>(path)?;
+        let mut saved = BTreeMap::new();
+        let mut next_order = 0;
+        for Saved { id, version } in lines {
+            next_order = next_order.max(version.as_ref().map_or(0, |version| version.order));
+            match version {
+                Some(version) => saved.insert(id, version),
+                None => saved.remove(&id),
+            };
+        }
+        let mut good = BTreeMap::new();
+        for (id, SavedVersion { file, line, order, document }) in saved {
             let parsed = resource::parse_at(&file, line, &document);
             match parsed.resources.into_iter().find(|loaded| loaded.id == id) {
                 Some(loaded) => {
-                    store.good.insert(id, Good { loaded: Arc::new(loaded), order });
+                    good.insert(id, Good { loaded: Arc::new(loaded), order });
                 }
                 // Written by another version, which accepted more.
                 None => tracing::warn!(%file, line, resource = %id, "the last good version is not accepted any more"),
             }
         }
-        Ok(store)
+        Ok(Self {
+            log,
+            good,
+            before: HashMap::new(),
+            next_order,
+            files: BTreeMap::new(),
+            declared: HashMap::new(),
+            doubled: BTreeSet::new(),
+            noted: BTreeSet::new(),
+            accepted: Arc::default(),
+            unsaved: BTreeSet::new(),
+            retracted: BTreeSet::new(),
+        })
     }
 
-    /// Takes in what the files say now.
-    pub fn apply(&mut self, files: &Files) -> Accepted {
-        self.parsed.retain(|file, _| files.contains_key(file));
-        let mut next = Next::default();
-        for (file, text) in files {
-            match text {
-                Ok(text) => {
-                    let parsed = self.parse(file, text);
-                    self.take(&parsed, &mut next);
-                }
-                Err(reason) => next.rejections.push(Rejection {
-                    file: file.clone(),
-                    line: 0,
-                    kind: String::new(),
-                    namespace: String::new(),
-                    name: String::new(),
-                    field: String::new(),
-                    reason: reason.clone(),
-                    closes: None,
-                }),
-            }
-        }
-        let mut accepted = Accepted { skipped: next.skipped, ..Accepted::default() };
-        for rejection in next.rejections {
-            let serving = self.instead(&rejection, &mut next.good);
-            if let (Serving::Closed, Some(closes)) = (serving, rejection.closes.clone()) {
-                accepted.closed.push(ClosedPolicy { closes, reason: rejection.to_string() });
-            }
-            accepted.rejected.push(Rejected::new(rejection, serving));
-        }
-        accepted.rejected.extend(next.duplicates.into_iter().map(|again| Rejected::new(again, Serving::Nothing)));
-        self.unsaved |= !same(&self.good, &next.good);
-        self.before = std::mem::replace(&mut self.good, next.good);
+    /// Takes in everything that the files say, at the start: what no file says any more is gone.
+    pub fn begin(&mut self, files: Changes) -> Vec<Replaced> {
+        let known = self.good.keys().cloned().collect();
+        self.take(files, known)
+    }
+
+    /// Takes in what became other in the files. Returns what is in force now in place of something else, new ones oldest first.
+    pub fn apply(&mut self, changes: Changes) -> Vec<Replaced> {
+        self.take(changes, BTreeSet::new())
+    }
+
+    /// What is in force, oldest first.
+    pub fn resources(&self) -> Vec<Arc<Loaded>> {
         let mut by_age: Vec<&Good> = self.good.values().collect();
         by_age.sort_by_key(|good| good.order);
-        accepted.resources = by_age.into_iter().map(|good| good.loaded.clone()).collect();
-        accepted
+        by_age.into_iter().map(|good| good.loaded.clone()).collect()
+    }
+
+    /// What is to be said of the files.
+    pub fn accepted(&self) -> Arc<Accepted> {
+        self.accepted.clone()
+    }
+
+    /// How many files were read.
+    pub fn files(&self) -> usize {
+        self.files.len()
     }
 
     /// Takes back the version that was accepted last, because it contradicts another resource. Returns the version before it,
@@ -177,117 +196,187 @@ impl Store {
     pub fn retract(&mut self, rejection: &Rejection) -> Option<Arc<Loaded>> {
         let Rejection { kind, namespace, name, .. } = rejection;
         let id = ResourceId { kind: kind.clone(), namespace: namespace.clone(), name: name.clone() };
-        let last = self.before.get(&id)?.clone();
+        let last = self.before.remove(&id)??;
         let current = self.good.get_mut(&id)?;
         if Arc::ptr_eq(&current.loaded, &last.loaded) {
             return None;
         }
         *current = last.clone();
-        self.unsaved = true;
+        self.retracted.insert(id.clone());
+        self.unsaved.insert(id);
         Some(last.loaded)
     }
 
-    /// Writes what is held, if it changed since the last time.
+    /// Writes what changed since the last time.
     ///
     /// # Errors
     /// Those of the file system; the next call tries again.
     pub fn save(&mut self) -> io::Result<()> {
-        if !self.unsaved {
+        if self.unsaved.is_empty() {
             return Ok(());
         }
-        let resources = self.good.iter().map(|(id, good)| SavedResource {
+        let saved = |id: &ResourceId, good: Option<&Good>| Saved {
             id: id.clone(),
-            file: good.loaded.file.clone(),
-            line: good.loaded.line,
-            order: good.order,
-            document: good.loaded.document.clone(),
-        });
-        let saved = Saved { next_order: self.next_order, resources: resources.collect() };
-        durable::write(&self.path, &serde_json::to_vec(&saved)?, 0o600)?;
-        self.unsaved = false;
+            version: good.map(|good| SavedVersion {
+                file: good.loaded.file.clone(),
+                line: good.loaded.line,
+                order: good.order,
+                document: good.loaded.document.clone(),
+            }),
+        };
+        let lines: Vec<Saved> = self.unsaved.iter().map(|id| saved(id, self.good.get(id))).collect();
+        let all = match self.log.grows(lines.len(), self.good.len()) {
+            true => self.good.iter().map(|(id, good)| saved(id, Some(good))).collect(),
+            false => Vec::new(),
+        };
+        self.log.append(&lines, &all)?;
+        self.unsaved.clear();
         Ok(())
     }
 
-    fn parse(&mut self, file: &str, text: &str) -> Arc<Parsed> {
-        if let Some((_, parsed)) = self.parsed.get(file).filter(|(known, _)| known == text) {
-            return parsed.clone();
-        }
-        let parsed = Arc::new(resource::parse(file, text));
-        self.parsed.insert(file.to_owned(), (text.to_owned(), parsed.clone()));
-        parsed
-    }
-
-    fn take(&mut self, parsed: &Parsed, next: &mut Next) {
-        for loaded in &parsed.resources {
-            if let Some(first) = next.good.get(&loaded.id) {
-                let Loaded { file, line, .. } = &*first.loaded;
-                next.duplicates.push(Rejection {
-                    file: loaded.file.clone(),
-                    line: loaded.line,
-                    kind: loaded.id.kind.clone(),
-                    namespace: loaded.id.namespace.clone(),
-                    name: loaded.id.name.clone(),
-                    field: "metadata.name".to_owned(),
-                    reason: format!("also declared at {file}:{line}, which counts; remove one of the two"),
-                    closes: None,
-                });
+    fn take(&mut self, changes: Changes, mut affected: BTreeSet<ResourceId>) -> Vec<Replaced> {
+        // Those of the files first, in their order: it counts as their age.
+        let mut in_order = Vec::new();
+        let mut said = false;
+        for (path, text) in changes {
+            let digest = text.as_ref().and_then(|text| text.as_ref().ok()).map(|text| digest(text));
+            let before = self.files.get(&path).cloned();
+            if digest.is_some() && before.as_ref().map(|file| file.digest) == digest {
                 continue;
             }
-            let known = self.good.get(&loaded.id);
-            let order = known.map_or(self.next_order + 1, |good| good.order);
-            self.next_order = self.next_order.max(order);
-            // The same text at the same place stays the same object, so that what is compiled from it can stay too.
-            let kept = known.map(|good| &good.loaded).filter(|known| {
+            let now = text.map(|text| Arc::new(self.read(&path, text)));
+            said |= [&before, &now].into_iter().flatten().any(|file| file.noteworthy());
+            for file in [&before, &now].into_iter().flatten() {
+                in_order.extend(file.resources.iter().map(|loaded| loaded.id.clone()));
+                self.kept_by(&path, file, &mut affected);
+            }
+            self.set(&path, before.as_deref(), now);
+        }
+        in_order.extend(affected);
+        in_order.extend(std::mem::take(&mut self.retracted));
+        let mut replaced = Vec::new();
+        self.before.clear();
+        let mut seen = BTreeSet::new();
+        for id in in_order.into_iter().filter(|id| seen.insert(id.clone())) {
+            said |= self.count(&id);
+            let good = self.decide(&id);
+            let before = match &good {
+                Some(good) => self.good.insert(id.clone(), good.clone()),
+                None => self.good.remove(&id),
+            };
+            let same = match (&before, &good) {
+                (Some(before), Some(now)) => Arc::ptr_eq(&before.loaded, &now.loaded),
+                (None, None) => true,
+                _ => false,
+            };
+            if !same {
+                self.unsaved.insert(id.clone());
+                replaced.push((id.clone(), good.map(|good| good.loaded)));
+            }
+            self.before.insert(id, before);
+        }
+        if said {
+            self.accepted = Arc::new(self.say());
+        }
+        replaced
+    }
+
+    fn read(&self, path: &str, text: Result<String, String>) -> File {
+        let text = match text {
+            Ok(text) => text,
+            Err(reason) => return File { rejections: vec![unreadable(path, reason)], ..File::default() },
+        };
+        let parsed = resource::parse(path, &text);
+        // The same text at the same place stays the same object, so that what is compiled from it can stay too.
+        let kept = |loaded: Loaded| {
+            let known = self.good.get(&loaded.id).map(|good| &good.loaded).filter(|known| {
                 known.document == loaded.document && known.file == loaded.file && known.line == loaded.line
             });
-            let loaded = kept.cloned().unwrap_or_else(|| Arc::new(loaded.clone()));
-            next.good.insert(loaded.id.clone(), Good { loaded, order });
-        }
-        next.rejections.extend(parsed.rejections.iter().cloned());
-        next.skipped.extend(parsed.skipped.iter().cloned());
-    }
-
-    /// Puts back the last good version of what was rejected, and says what serves.
-    fn instead(&self, rejection: &Rejection, good: &mut BTreeMap<ResourceId, Good>) -> Serving {
-        let named = !rejection.kind.is_empty() && !rejection.name.is_empty();
-        let last: Vec<&Good> = if named {
-            let Rejection { kind, namespace, name, .. } = rejection;
-            let id = ResourceId { kind: kind.clone(), namespace: namespace.clone(), name: name.clone() };
-            self.good.get(&id).into_iter().collect()
-        } else {
-            // What this document was is unknown: everything that its file held goes on.
-            self.good.values().filter(|good| good.loaded.file == rejection.file).collect()
+            known.cloned().unwrap_or_else(|| Arc::new(loaded))
         };
-        let mut held = false;
-        for last in last {
-            let id = &last.loaded.id;
-            // Its good version may be in another place of the files already.
-            let ours = rejection.closes.is_none() || id.kind == rejection.kind;
-            held |= named || (ours && !good.contains_key(id));
-            good.entry(id.clone()).or_insert_with(|| last.clone());
+        File {
+            digest: digest(&text),
+            resources: parsed.resources.into_iter().map(kept).collect(),
+            rejections: parsed.rejections,
+            skipped: parsed.skipped,
         }
-        match (held, &rejection.closes) {
-            (true, _) => Serving::LastGood,
-            (false, Some(_)) => Serving::Closed,
-            (false, None) => Serving::Nothing,
+    }
+
+    fn set(&mut self, path: &str, before: Option<&File>, now: Option<Arc<File>>) {
+        for loaded in before.into_iter().flat_map(|file| &file.resources) {
+            if let Some(files) = self.declared.get_mut(&loaded.id) {
+                files.remove(path);
+                if files.is_empty() {
+                    self.declared.remove(&loaded.id);
+                }
+            }
         }
+        self.noted.remove(path);
+        let Some(now) = now else {
+            self.files.remove(path);
+            return;
+        };
+        for loaded in &now.resources {
+            self.declared.entry(loaded.id.clone()).or_default().insert(path.to_owned());
+        }
+        if now.noteworthy() {
+            self.noted.insert(path.to_owned());
+        }
+        self.files.insert(path.to_owned(), now);
+    }
+
+    /// Every declaration of a resource, the one that counts first.
+    fn declarations(&self, id: &ResourceId) -> impl Iterator<Item = &Arc<Loaded>> {
+        let files = self.declared.get(id).into_iter().flatten().filter_map(|path| self.files.get(path));
+        files.flat_map(|file| &file.resources).filter(move |loaded| loaded.id == *id)
+    }
+
+    /// Notes whether a resource is declared more than once; whether that is to be said, or was.
+    fn count(&mut self, id: &ResourceId) -> bool {
+        let again = self.declarations(id).nth(1).is_some();
+        match again {
+            true => {
+                self.doubled.insert(id.clone());
+                true
+            }
+            false => self.doubled.remove(id),
+        }
+    }
+
+    fn decide(&mut self, id: &ResourceId) -> Option<Good> {
+        let known = self.good.get(id).cloned();
+        let Some(loaded) = self.declarations(id).next().cloned() else {
+            return known.filter(|known| self.keeps(id, &known.loaded.file));
+        };
+        let order = known.map_or(self.next_order + 1, |known| known.order);
+        self.next_order = self.next_order.max(order);
+        Some(Good { loaded, order })
     }
 }
 
-/// The next state in the making.
-#[derive(Default)]
-struct Next {
-    good: BTreeMap<ResourceId, Good>,
-    rejections: Vec<Rejection>,
-    duplicates: Vec<Rejection>,
-    skipped: Vec<Skipped>,
+impl File {
+    fn noteworthy(&self) -> bool {
+        !(self.rejections.is_empty() && self.skipped.is_empty())
+    }
 }
 
-fn same(one: &BTreeMap<ResourceId, Good>, other: &BTreeMap<ResourceId, Good>) -> bool {
-    one.len() == other.len()
-        && one.iter().zip(other).all(|((id, good), (other_id, other))| {
-            id == other_id && good.order == other.order && Arc::ptr_eq(&good.loaded, &other.loaded)
-        })
+fn unreadable(file: &str, reason: String) -> Rejection {
+    Rejection {
+        file: file.to_owned(),
+        line: 0,
+        kind: String::new(),
+        namespace: String::new(),
+        name: String::new(),
+        field: String::new(),
+        reason,
+        closes: None,
+    }
+}
+
+fn digest(text: &str) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    text.hash(&mut hasher);
+    hasher.finish()
 }
 
 /// Logs what is new among rejected and skipped documents.

@@ -426,7 +426,8 @@ fn a_route_without_effect_is_a_warning() {
         (at(80) + &route("GRPCRoute", "client", "grpc", "[{}]"), None),
     ] {
         let catalog = build(inputs(&(service.clone() + &text)));
-        let reasons: Vec<_> = catalog.warnings().iter().map(|warning| warning.reason.as_str()).collect();
+        let warnings = catalog.warnings();
+        let reasons: Vec<_> = warnings.iter().map(|warning| warning.reason.as_str()).collect();
         assert_eq!(reasons, warning.into_iter().collect::<Vec<_>>(), "{text}");
     }
 }

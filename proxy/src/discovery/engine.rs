@@ -193,7 +193,7 @@ impl Engine {
         if any.type_url != kind.type_url() {
             return Err(format!("the resource is of type {}", any.type_url));
         }
-        let value = any.value.as_slice();
+        let value = any.value.as_ref();
         match kind {
             Kind::Mesh => {
                 let mesh = link::mesh(&decode(value)?).map_err(text)?;
@@ -253,7 +253,11 @@ impl Engine {
         Ok(Fate::Installed)
     }
 
-    fn accept(&mut self, kind: Kind, resource: Resource) {
+    fn accept(&mut self, kind: Kind, mut resource: Resource) {
+        // A copy of its own: what was received may be a small part of a large buffer.
+        if let Some(any) = &mut resource.resource {
+            any.value = Bytes::copy_from_slice(&any.value);
+        }
         self.subscriptions.found(kind, &resource.name, &resource.aliases);
         self.subscriptions.accepted(kind, &resource.name, &resource.version);
         self.accepted.insert((kind, resource.name.clone()), resource);

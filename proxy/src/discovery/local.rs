@@ -118,7 +118,7 @@ impl Local {
                         version: found.version,
                         name: found.name,
                         aliases: found.aliases,
-                        resource: Some(prost_types::Any { type_url: type_url.clone(), value: value.to_vec() }),
+                        resource: Some(outrigger_proto::Any { type_url: type_url.clone(), value }),
                     });
                 }
                 Answer::Absent | Answer::Found(_) => {}

@@ -74,13 +74,14 @@ fn status(errors: &[(String, String)]) -> Status {
     let problem = |message: &str| Status { code: INVALID_ARGUMENT, message: message.to_owned(), details: Vec::new() };
     let named = errors.iter().filter(|(name, _)| !name.is_empty());
     let details = named
-        .map(|(name, message)| prost_types::Any {
+        .map(|(name, message)| outrigger_proto::Any {
             type_url: RESOURCE_ERROR.to_owned(),
             value: ResourceError {
                 resource_name: Some(ResourceName { name: name.clone() }),
                 error_detail: Some(problem(message)),
             }
-            .encode_to_vec(),
+            .encode_to_vec()
+            .into(),
         })
         .collect();
     let message: Vec<String> = errors.iter().map(|(name, message)| format!("{name}: {message}")).collect();

@@ -19,7 +19,7 @@ fn resource(type_url: &str, name: &str, version: &str, message: &impl Message) -
         version: version.into(),
         name: name.into(),
         aliases: Vec::new(),
-        resource: Some(prost_types::Any { type_url: type_url.into(), value: message.encode_to_vec() }),
+        resource: Some(outrigger_proto::Any { type_url: type_url.into(), value: message.encode_to_vec().into() }),
     }
 }
 
@@ -141,7 +141,7 @@ fn one_bad_resource_of_three_is_refused_by_name_and_its_last_good_version_serves
     let output = engine.take(now);
     let status = answer_to(&output, "n2").unwrap().error_detail.clone().unwrap();
     assert_eq!(status.details.len(), 1, "{status:?}");
-    let error = ResourceError::decode(status.details[0].value.as_slice()).unwrap();
+    let error = ResourceError::decode(status.details[0].value.clone()).unwrap();
     assert_eq!(error.resource_name.unwrap().name, "svc/demo/b");
     assert!(error.error_detail.unwrap().message.contains("ports[0]"));
     assert!(found(output.snapshot.as_ref(), "svc/demo/b"), "the last good version");

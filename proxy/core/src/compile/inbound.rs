@@ -1,20 +1,16 @@
 //! `self/…`: what the proxy of one workload enforces on what comes in. And filters, of both directions.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use outrigger_proto::mesh::{self, MtlsMode};
 
 use super::index::Filter;
-use super::instance::{Instance, belongs, identity, selects};
+use super::instance::{Instance, identity, selects};
 use super::{Catalog, Client};
 use crate::key::ServiceKey;
-use crate::resource::{Action, Closed, PortProtocol, Resource, Target};
+use crate::resource::{Action, Closed, PortProtocol, Target};
 
 impl Catalog {
-    pub(super) fn instance(&self, namespace: &str, name: &str) -> Option<&Instance> {
-        self.instances.get(&(namespace.to_owned(), name.to_owned())).map(AsRef::as_ref)
-    }
-
     pub(super) fn own(&self, client: &Client) -> Option<mesh::Self_> {
         let (namespace, workload) = (client.namespace.as_str(), client.workload.as_str());
         let instance = self.instance(namespace, workload)?;
@@ -43,14 +39,11 @@ impl Catalog {
 
     /// The Services that have this port of the instance for an endpoint, and what they declare that it speaks.
     fn services_of(&self, instance: &Instance, number: u16) -> (Vec<ServiceKey>, PortProtocol) {
-        let first = ServiceKey { namespace: instance.namespace.clone(), name: String::new() };
         let mut declared = PortProtocol::Detect;
         let mut services = Vec::new();
-        for (key, loaded) in self.services.range(first..).take_while(|(key, _)| key.namespace == instance.namespace) {
-            let Resource::Service(service) = &loaded.resource else { continue };
-            if service.external || !belongs(&key.name, service, instance) {
-                continue;
-            }
+        let having: BTreeSet<ServiceKey> = self.having(instance).collect();
+        for key in having {
+            let Some(service) = self.find_service(&key) else { continue };
             let mut targeting = service
                 .ports
                 .iter()
@@ -59,7 +52,7 @@ impl Catalog {
             if targeting.peek().is_none() {
                 continue;
             }
-            services.push(key.clone());
+            services.push(key);
             if declared == PortProtocol::Detect {
                 declared = targeting.map(|port| port.protocol).find(|p| *p != PortProtocol::Detect).unwrap_or_default();
             }
@@ -71,11 +64,11 @@ impl Catalog {
     /// policies that are equally specific the strictest does.
     pub(super) fn mtls_mode(&self, instance: &Instance, port: u16) -> MtlsMode {
         let closed = |closed: &&super::ClosedPolicy| closed.closes.what == Closed::Mtls;
-        if self.closed.iter().filter(closed).any(|closed| governs(closed, instance)) {
+        if self.policies.closed.iter().filter(closed).any(|closed| governs(closed, instance)) {
             return MtlsMode::Strict;
         }
         let (mut of_namespace, mut of_workload) = (None, None);
-        for policy in self.mtls.get(&instance.namespace).into_iter().flatten() {
+        for policy in self.policies.mtls.get(&instance.namespace).into_iter().flatten() {
             let level = match &policy.selector {
                 None => &mut of_namespace,
                 Some(selector) if selects(selector, &instance.labels) => &mut of_workload,
@@ -83,13 +76,14 @@ impl Catalog {
             };
             *level = stricter(*level, policy.ports.get(&port).copied().or(policy.mode));
         }
-        of_workload.or(of_namespace).or(self.mesh.mtls).unwrap_or(MtlsMode::Permissive)
+        of_workload.or(of_namespace).or(self.policies.mesh.mtls).unwrap_or(MtlsMode::Permissive)
     }
 
     fn authorization(&self, instance: &Instance) -> mesh::Authorization {
         let mut merged = mesh::Authorization::default();
         let closed = |closed: &&super::ClosedPolicy| closed.closes.what == Closed::Authorization;
         let mut reasons: Vec<&str> = self
+            .policies
             .closed
             .iter()
             .filter(closed)
@@ -98,7 +92,7 @@ impl Catalog {
             .collect();
         reasons.sort_unstable();
         merged.closed = reasons.join("; ");
-        let policies = self.authorization.get(&instance.namespace).into_iter().flatten();
+        let policies = self.policies.authorization.get(&instance.namespace).into_iter().flatten();
         let mut policies: Vec<_> = policies
             .filter(|named| named.policy.selector.as_ref().is_none_or(|selector| selects(selector, &instance.labels)))
             .collect();
@@ -136,6 +130,7 @@ impl Catalog {
         };
         let first = (namespace.to_owned(), String::new());
         let mut found: Vec<_> = self
+            .policies
             .filters
             .range(first..)
             .take_while(|((of, _), _)| of == namespace)
@@ -148,7 +143,7 @@ impl Catalog {
     }
 
     pub(super) fn filter(&self, namespace: &str, name: &str) -> Option<mesh::Filter> {
-        let filter = self.filters.get(&(namespace.to_owned(), name.to_owned()))?;
+        let filter = self.policies.filters.get(&(namespace.to_owned(), name.to_owned()))?;
         let (spec, module) = (&filter.spec, filter.module.as_ref()?);
         Some(mesh::Filter {
             namespace: namespace.to_owned(),

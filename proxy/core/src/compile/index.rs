@@ -1,41 +1,73 @@
-//! Building the catalog: every resource into its index, contradictions reported.
+//! The catalog's indexes. They are persistent maps: a change copies what it touches, whatever the size of the mesh, and the
+//! states before and after share the rest.
 
+use std::cmp::Ordering;
 use std::collections::{BTreeMap, HashMap};
+use std::hash::Hash;
 use std::net::IpAddr;
 use std::sync::Arc;
 
 use bytes::Bytes;
+use rpds::{HashTrieMapSync, RedBlackTreeMapSync, RedBlackTreeSetSync};
 
 use super::instance::Instance;
-use super::{ClosedPolicy, Inputs, Module, Modules};
+use super::{ClosedPolicy, Module};
 use crate::key::ServiceKey;
 use crate::resource::{
-    AuthorizationPolicy, Dial, EndpointSlice, Loaded, MeshConfig, ModuleSource, MtlsPolicy, PortProtocol, Rejection,
-    Resource, ResourceId, Route, Service, ServicePort, Settings, Target, WasmFilter,
+    AuthorizationPolicy, Dial, EndpointSlice, Loaded, MeshConfig, MtlsPolicy, Rejection, Resource, ResourceId, Route,
+    SERVICE_NAME, Service, ServicePort, Settings, Target, WasmFilter,
 };
 
-/// All resources, indexed.
-#[derive(Debug, Default)]
+/// Namespace and name.
+pub(super) type Name = (String, String);
+/// Several values for a key, in their order.
+pub(super) type Many<K, V> = HashTrieMapSync<K, RedBlackTreeSetSync<V>>;
+
+/// All resources, indexed. Cloning costs next to nothing.
+#[derive(Debug, Clone, Default)]
 pub struct Catalog {
     pub(super) trust_domain: String,
     pub(super) roots: BTreeMap<String, Vec<Bytes>>,
-    pub(super) mesh: MeshConfig,
-    pub(super) services: BTreeMap<ServiceKey, Arc<Loaded>>,
-    pub(super) vips: HashMap<IpAddr, ServiceKey>,
-    pub(super) slices: HashMap<ServiceKey, Vec<EndpointSlice>>,
-    pub(super) instances: BTreeMap<(String, String), Arc<Instance>>,
-    /// By namespace, label, value
-    pub(super) by_label: HashMap<(String, String, String), Vec<Arc<Instance>>>,
-    /// Instances whose application is dialled directly
-    pub(super) by_address: HashMap<(IpAddr, u16), (String, String)>,
+    pub(super) resources: RedBlackTreeMapSync<ResourceId, Placed>,
+    pub(super) last_order: u64,
+    pub(super) services: RedBlackTreeMapSync<ServiceKey, Arc<Loaded>>,
+    /// The oldest of those that claim an address has it
+    pub(super) vips: Many<IpAddr, Placed>,
+    /// Services by one label of their selector: namespace, label, value
+    pub(super) selecting: Many<(String, String, String), ServiceKey>,
+    pub(super) slices: Many<ServiceKey, Placed>,
+    /// Services by the addresses in their slices
+    pub(super) sliced: Many<IpAddr, (ServiceKey, String)>,
+    pub(super) written: HashTrieMapSync<Name, Arc<Instance>>,
+    pub(super) registered: HashTrieMapSync<Name, Arc<Instance>>,
+    /// By namespace, label, value; the names
+    pub(super) by_label: Many<(String, String, String), String>,
+    /// Instances whose application is dialled directly; the first has the address
+    pub(super) by_address: Many<(IpAddr, u16), Name>,
     /// By parent, oldest first
-    pub(super) routes: BTreeMap<ServiceKey, Vec<Attached>>,
+    pub(super) routes: RedBlackTreeMapSync<ServiceKey, RedBlackTreeSetSync<Attached>>,
+    /// Parents of the routes that name a Service as a backend
+    pub(super) used_by: Many<ServiceKey, (ServiceKey, ResourceId)>,
+    pub(super) policies: Arc<Policies>,
+}
+
+/// What governs others. A change of these builds the catalog anew.
+#[derive(Debug, Default)]
+pub(super) struct Policies {
+    pub(super) mesh: MeshConfig,
     pub(super) traffic: HashMap<Attachment, Settings>,
     pub(super) authorization: HashMap<String, Vec<Named<AuthorizationPolicy>>>,
     pub(super) mtls: HashMap<String, Vec<MtlsPolicy>>,
     pub(super) closed: Vec<ClosedPolicy>,
-    pub(super) filters: BTreeMap<(String, String), Filter>,
-    pub(super) warnings: Vec<Rejection>,
+    pub(super) filters: BTreeMap<Name, Filter>,
+}
+
+/// A resource at its place among the others.
+#[derive(Debug, Clone)]
+pub(super) struct Placed {
+    /// Smaller is older; those of one timestamp go by name, those without by the order of the input
+    pub(super) age: (i64, u64),
+    pub(super) loaded: Arc<Loaded>,
 }
 
 /// A policy with its name.
@@ -48,12 +80,53 @@ pub(super) struct Named<T> {
 /// A route on one of its parents.
 #[derive(Debug, Clone)]
 pub(super) struct Attached {
+    /// As in [`Placed`]
+    pub(super) age: (i64, u64),
     pub(super) loaded: Arc<Loaded>,
     /// Index into the route's parents
     pub(super) parent: usize,
-    /// Smaller is older; those of one timestamp go by name, those without by the order of the input
-    pub(super) age: (i64, usize),
 }
+
+impl Ord for Placed {
+    fn cmp(&self, other: &Self) -> Ordering {
+        self.age.cmp(&other.age).then_with(|| self.loaded.id.cmp(&other.loaded.id))
+    }
+}
+
+impl PartialOrd for Placed {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl PartialEq for Placed {
+    fn eq(&self, other: &Self) -> bool {
+        self.cmp(other).is_eq()
+    }
+}
+
+impl Eq for Placed {}
+
+impl Ord for Attached {
+    fn cmp(&self, other: &Self) -> Ordering {
+        let age = self.age.cmp(&other.age);
+        age.then_with(|| self.loaded.id.cmp(&other.loaded.id)).then_with(|| self.parent.cmp(&other.parent))
+    }
+}
+
+impl PartialOrd for Attached {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl PartialEq for Attached {
+    fn eq(&self, other: &Self) -> bool {
+        self.cmp(other).is_eq()
+    }
+}
+
+impl Eq for Attached {}
 
 impl Attached {
     pub(super) fn route(&self) -> Option<&Route> {
@@ -93,55 +166,15 @@ pub(super) struct Filter {
 pub(super) fn attachment(namespace: &str, target: &Target) -> Attachment {
     match target {
         Target::Namespace => Attachment::Namespace(namespace.to_owned()),
-        Target::Service(name) => {
-            Attachment::Service(ServiceKey { namespace: namespace.to_owned(), name: name.clone() })
-        }
+        Target::Service(name) => Attachment::Service(key(namespace, name)),
         Target::Route { grpc, name, rule } => {
             Attachment::Route { grpc: *grpc, namespace: namespace.to_owned(), name: name.clone(), rule: rule.clone() }
         }
     }
 }
 
-/// A catalog being built.
-struct Builder {
-    catalog: Catalog,
-    modules: Modules,
-    rejections: Vec<Rejection>,
-    seen: BTreeMap<ResourceId, Arc<Loaded>>,
-    mesh: Option<Arc<Loaded>>,
-    policies: BTreeMap<Attachment, Arc<Loaded>>,
-}
-
-pub(super) fn build(inputs: Inputs) -> (Catalog, Vec<Rejection>) {
-    let Inputs { mut resources, registrations, trust_domain, closed, modules, roots } = inputs;
-    // The sort is stable: without a timestamp, and with equal ones, the order of the input decides.
-    resources.sort_by_key(|loaded| loaded.created.unwrap_or(i64::MAX));
-    let catalog = Catalog { trust_domain, roots, closed, ..Catalog::default() };
-    let mut builder = Builder {
-        catalog,
-        modules,
-        rejections: Vec::new(),
-        seen: BTreeMap::new(),
-        mesh: None,
-        policies: BTreeMap::new(),
-    };
-    for (order, loaded) in resources.into_iter().enumerate() {
-        if let Some(first) = builder.seen.get(&loaded.id) {
-            let reason = format!("already defined at {}:{}; rename one of them or remove it", first.file, first.line);
-            builder.rejections.push(rejection(&loaded, "metadata.name", reason));
-            continue;
-        }
-        builder.seen.insert(loaded.id.clone(), loaded.clone());
-        builder.add(&loaded, order);
-    }
-    for registration in registrations {
-        let instance = Instance::registered(&registration, &builder.catalog.trust_domain);
-        // What a running proxy says is newer than what a file says of it.
-        builder.catalog.instances.insert((instance.namespace.clone(), instance.name.clone()), Arc::new(instance));
-    }
-    builder.index_instances();
-    builder.warn();
-    (builder.catalog, builder.rejections)
+pub(super) fn key(namespace: &str, name: &str) -> ServiceKey {
+    ServiceKey { namespace: namespace.to_owned(), name: name.to_owned() }
 }
 
 pub(super) fn rejection(loaded: &Loaded, field: &str, reason: impl Into<String>) -> Rejection {
@@ -157,227 +190,194 @@ pub(super) fn rejection(loaded: &Loaded, field: &str, reason: impl Into<String>)
     }
 }
 
-impl Builder {
-    fn add(&mut self, loaded: &Arc<Loaded>, order: usize) {
-        let age = loaded.created.map_or((i64::MAX, order), |created| (created, 0));
-        let ResourceId { namespace, name, .. } = &loaded.id;
-        let catalog = &mut self.catalog;
-        match &loaded.resource {
-            Resource::Unused => {}
-            Resource::Service(service) => self.service(loaded, service),
-            Resource::EndpointSlice(slice) => {
-                let key = ServiceKey { namespace: namespace.clone(), name: slice.service.clone() };
-                catalog.slices.entry(key).or_default().push(slice.clone());
-            }
-            Resource::Route(route) => {
-                for (parent, target) in route.parents.iter().enumerate() {
-                    let key = ServiceKey { namespace: target.namespace.clone(), name: target.name.clone() };
-                    let attached = Attached { loaded: loaded.clone(), parent, age };
-                    catalog.routes.entry(key).or_default().push(attached);
-                }
-            }
-            Resource::MeshConfig(config) => self.mesh_config(loaded, config),
-            Resource::Workload(workload) => {
-                let instance = Instance::written(namespace, name, workload, &catalog.trust_domain);
-                catalog.instances.insert((namespace.clone(), name.clone()), Arc::new(instance));
-            }
-            Resource::TrafficPolicy(policy) => {
-                let targets: Vec<_> = policy.targets.iter().map(|target| attachment(namespace, target)).collect();
-                if let Some(older) = targets.iter().find_map(|target| self.policies.get(target)) {
-                    let reason = format!(
-                        "TrafficPolicy {} ({}:{}) has one of these targets already, and is older; merge the two",
-                        older.id.name, older.file, older.line
-                    );
-                    self.rejections.push(rejection(loaded, "spec.targetRefs", reason));
-                    return;
-                }
-                for target in targets {
-                    catalog.traffic.insert(target.clone(), policy.settings.clone());
-                    self.policies.insert(target, loaded.clone());
-                }
-            }
-            Resource::AuthorizationPolicy(policy) => {
-                let named = Named { name: name.clone(), policy: policy.clone() };
-                catalog.authorization.entry(namespace.clone()).or_default().push(named);
-            }
-            Resource::MtlsPolicy(policy) => {
-                catalog.mtls.entry(namespace.clone()).or_default().push(policy.clone());
-            }
-            Resource::WasmFilter(filter) => {
-                let module = match module(filter, &self.modules) {
-                    Ok(module) => Some(module),
-                    Err((field, reason)) => {
-                        self.rejections.push(rejection(loaded, field, reason));
-                        None
-                    }
-                };
-                let filter = Filter { spec: filter.as_ref().clone(), module };
-                catalog.filters.insert((namespace.clone(), name.clone()), filter);
-            }
+fn add<K: Eq + Hash + Clone, V: Ord + Clone>(many: &mut Many<K, V>, key: K, value: V) {
+    match many.get_mut(&key) {
+        Some(values) => {
+            values.insert_mut(value);
         }
-    }
-
-    fn service(&mut self, loaded: &Arc<Loaded>, service: &Service) {
-        let key = ServiceKey { namespace: loaded.id.namespace.clone(), name: loaded.id.name.clone() };
-        for vip in &service.vips {
-            match self.catalog.vips.get(vip) {
-                Some(other) => {
-                    let reason = format!("{vip} is the address of Service {other} already; traffic to it goes there");
-                    self.catalog.warnings.push(rejection(loaded, "spec.clusterIP", reason));
-                }
-                None => {
-                    self.catalog.vips.insert(*vip, key.clone());
-                }
-            }
-        }
-        self.catalog.services.insert(key, loaded.clone());
-    }
-
-    fn mesh_config(&mut self, loaded: &Arc<Loaded>, config: &MeshConfig) {
-        if let Some(first) = &self.mesh {
-            let reason =
-                format!("there is one MeshConfig, and {} ({}:{}) is older", first.id.name, first.file, first.line);
-            self.rejections.push(rejection(loaded, "kind", reason));
-            return;
-        }
-        let own = &self.catalog.trust_domain;
-        if let Some(wanted) = config.trust_domain.as_ref().filter(|wanted| *wanted != own) {
-            // The rest of it holds: dropping that would loosen what it tightens.
-            let reason = format!(
-                "`{wanted}` is not the trust domain that certificates are signed for (`{own}`, --trust-domain); make them agree"
-            );
-            self.rejections.push(rejection(loaded, "spec.trustDomain", reason));
-        }
-        self.catalog.mesh = config.clone();
-        self.mesh = Some(loaded.clone());
-    }
-
-    fn index_instances(&mut self) {
-        let catalog = &mut self.catalog;
-        for (id, instance) in &catalog.instances {
-            for (label, value) in &instance.labels {
-                let index = (instance.namespace.clone(), label.clone(), value.clone());
-                catalog.by_label.entry(index).or_default().push(instance.clone());
-            }
-            if let Dial::Application(address) = instance.dial {
-                for port in &instance.ports {
-                    catalog.by_address.entry((address, port.port)).or_insert_with(|| id.clone());
-                }
-            }
-        }
-    }
-
-    /// References to nothing: allowed, since the other side may come later, but worth a line.
-    fn warn(&mut self) {
-        let mut warnings = Vec::new();
-        for (key, attached) in &self.catalog.routes {
-            for one in attached {
-                if let Some(reason) = self.catalog.idle(key, one, attached) {
-                    // As the document has it: parents that are no Services are not counted here.
-                    warnings.push(rejection(&one.loaded, "spec.parentRefs", reason));
-                }
-            }
-        }
-        for loaded in self.seen.values() {
-            match &loaded.resource {
-                Resource::Route(route) => {
-                    for (index, rule) in route.rules.iter().enumerate() {
-                        for (backend, reference) in rule.backends.iter().enumerate() {
-                            if let Some(reason) = self.catalog.invalid_backend(reference) {
-                                let field = format!("spec.rules[{index}].backendRefs[{backend}]");
-                                warnings.push(rejection(loaded, &field, reason));
-                            }
-                        }
-                    }
-                }
-                Resource::TrafficPolicy(policy) => self.warn_targets(loaded, &policy.targets, &mut warnings),
-                Resource::WasmFilter(filter) => self.warn_targets(loaded, &filter.targets, &mut warnings),
-                _ => {}
-            }
-        }
-        self.catalog.warnings.append(&mut warnings);
-    }
-
-    fn warn_targets(&self, loaded: &Loaded, targets: &[Target], warnings: &mut Vec<Rejection>) {
-        let namespace = &loaded.id.namespace;
-        for (index, target) in targets.iter().enumerate() {
-            let missing = match target {
-                Target::Namespace => None,
-                Target::Service(name) => {
-                    let key = ServiceKey { namespace: namespace.clone(), name: name.clone() };
-                    (!self.catalog.services.contains_key(&key)).then(|| format!("Service {key} does not exist"))
-                }
-                Target::Route { grpc, name, rule } => {
-                    let kind = if *grpc { "GRPCRoute" } else { "HTTPRoute" };
-                    let id = ResourceId { kind: kind.to_owned(), namespace: namespace.clone(), name: name.clone() };
-                    match (self.seen.get(&id).map(|loaded| &loaded.resource), rule) {
-                        (Some(Resource::Route(route)), Some(wanted)) => {
-                            let named = route.rules.iter().any(|rule| rule.name.as_ref() == Some(wanted));
-                            (!named).then(|| format!("{kind} {namespace}/{name} has no rule named `{wanted}`"))
-                        }
-                        (Some(_), _) => None,
-                        (None, _) => Some(format!("{kind} {namespace}/{name} does not exist")),
-                    }
-                }
-            };
-            if let Some(reason) = missing {
-                warnings.push(rejection(loaded, &format!("spec.targetRefs[{index}]"), reason));
-            }
+        None => {
+            many.insert_mut(key, RedBlackTreeSetSync::default().insert(value));
         }
     }
 }
 
+fn take<K: Eq + Hash + Clone, V: Ord + Clone>(many: &mut Many<K, V>, key: &K, value: &V) {
+    if let Some(values) = many.get_mut(key) {
+        values.remove_mut(value);
+        if values.is_empty() {
+            many.remove_mut(key);
+        }
+    }
+}
+
+/// The label by which a Service is found from an instance: one of its selector, or the one that names it.
+fn found_by(key: &ServiceKey, service: &Service) -> (String, String, String) {
+    let (label, value) = match service.selector.first_key_value() {
+        Some((label, value)) => (label.as_str(), value.as_str()),
+        None => (SERVICE_NAME, key.name.as_str()),
+    };
+    (key.namespace.clone(), label.to_owned(), value.to_owned())
+}
+
 impl Catalog {
-    /// Why a route has no effect on one of its parents, or on a port of it.
-    fn idle(&self, key: &ServiceKey, attached: &Attached, all: &[Attached]) -> Option<String> {
-        let Some(service) = self.find_service(key) else {
-            return Some(format!("Service {key} does not exist"));
-        };
-        let mut http = attached.ports(service).filter(|port| port.protocol != PortProtocol::Tcp).peekable();
-        if http.peek().is_none() {
-            return Some(match attached.ports(service).next() {
-                Some(port) => {
-                    format!("port {} of Service {key} is declared as TCP, which no HTTP route is for", port.port)
+    /// Puts a resource into the indexes that it belongs in. Policies are in [`Policies`].
+    pub(super) fn place(&mut self, placed: &Placed) {
+        let Placed { age, loaded } = placed;
+        let ResourceId { namespace, name, .. } = &loaded.id;
+        self.resources.insert_mut(loaded.id.clone(), placed.clone());
+        match &loaded.resource {
+            Resource::Service(service) => {
+                let key = key(namespace, name);
+                for vip in &service.vips {
+                    add(&mut self.vips, *vip, placed.clone());
                 }
-                None => format!("Service {key} has no such port"),
-            });
+                if !service.external {
+                    add(&mut self.selecting, found_by(&key, service), key.clone());
+                }
+                self.services.insert_mut(key, loaded.clone());
+            }
+            Resource::EndpointSlice(slice) => {
+                let key = key(namespace, &slice.service);
+                for endpoint in &slice.endpoints {
+                    add(&mut self.sliced, endpoint.address, (key.clone(), name.clone()));
+                }
+                add(&mut self.slices, key, placed.clone());
+            }
+            Resource::Route(route) => {
+                for (parent, target) in route.parents.iter().enumerate() {
+                    let parent_key = key(&target.namespace, &target.name);
+                    for backend in route.rules.iter().flat_map(|rule| &rule.backends) {
+                        let used = (parent_key.clone(), loaded.id.clone());
+                        add(&mut self.used_by, key(&backend.namespace, &backend.name), used);
+                    }
+                    let attached = Attached { age: *age, loaded: loaded.clone(), parent };
+                    match self.routes.get_mut(&parent_key) {
+                        Some(all) => {
+                            all.insert_mut(attached);
+                        }
+                        None => {
+                            self.routes.insert_mut(parent_key, RedBlackTreeSetSync::default().insert(attached));
+                        }
+                    }
+                }
+            }
+            Resource::Workload(workload) => {
+                let instance = Instance::written(namespace, name, workload, &self.trust_domain);
+                self.set_instance(&(namespace.clone(), name.clone()), Source::Written, Some(instance));
+            }
+            _ => {}
         }
-        if attached.route()?.grpc {
-            return None;
+    }
+
+    /// Takes a resource out of the indexes again.
+    pub(super) fn displace(&mut self, placed: &Placed) {
+        let Placed { age, loaded } = placed;
+        let ResourceId { namespace, name, .. } = &loaded.id;
+        self.resources.remove_mut(&loaded.id);
+        match &loaded.resource {
+            Resource::Service(service) => {
+                let key = key(namespace, name);
+                for vip in &service.vips {
+                    take(&mut self.vips, vip, placed);
+                }
+                take(&mut self.selecting, &found_by(&key, service), &key);
+                self.services.remove_mut(&key);
+            }
+            Resource::EndpointSlice(slice) => {
+                let key = key(namespace, &slice.service);
+                for endpoint in &slice.endpoints {
+                    take(&mut self.sliced, &endpoint.address, &(key.clone(), name.clone()));
+                }
+                take(&mut self.slices, &key, placed);
+            }
+            Resource::Route(route) => {
+                for (parent, target) in route.parents.iter().enumerate() {
+                    let parent_key = key(&target.namespace, &target.name);
+                    for backend in route.rules.iter().flat_map(|rule| &rule.backends) {
+                        let used = (parent_key.clone(), loaded.id.clone());
+                        take(&mut self.used_by, &key(&backend.namespace, &backend.name), &used);
+                    }
+                    let attached = Attached { age: *age, loaded: loaded.clone(), parent };
+                    if let Some(all) = self.routes.get_mut(&parent_key) {
+                        all.remove_mut(&attached);
+                        if all.is_empty() {
+                            self.routes.remove_mut(&parent_key);
+                        }
+                    }
+                }
+            }
+            Resource::Workload(_) => {
+                self.set_instance(&(namespace.clone(), name.clone()), Source::Written, None);
+            }
+            _ => {}
         }
-        // Consumers and producers do not meet: who loses, loses to one of its own namespace.
-        let rivals = all.iter().filter(|other| other.loaded.id.namespace == attached.loaded.id.namespace);
-        let rivals: Vec<_> = rivals.filter(|other| other.route().is_some_and(|route| route.grpc)).collect();
-        http.find_map(|port| {
-            let rival = rivals.iter().find(|rival| rival.ports(service).any(|other| other.port == port.port))?;
-            Some(format!("{} takes its place on port {} of Service {key}", rival.loaded.id, port.port))
+    }
+
+    /// Sets or removes what one source says of an instance. What a running proxy says is newer than what a file says of it.
+    pub(super) fn set_instance(&mut self, name: &Name, source: Source, instance: Option<Instance>) {
+        if let Some(before) = self.instance(&name.0, &name.1).cloned() {
+            self.index_instance(&before, false);
+        }
+        let of_source = match source {
+            Source::Written => &mut self.written,
+            Source::Registered => &mut self.registered,
+        };
+        match instance {
+            Some(instance) => {
+                of_source.insert_mut(name.clone(), Arc::new(instance));
+            }
+            None => {
+                of_source.remove_mut(name);
+            }
+        }
+        if let Some(now) = self.instance(&name.0, &name.1).cloned() {
+            self.index_instance(&now, true);
+        }
+    }
+
+    fn index_instance(&mut self, instance: &Instance, present: bool) {
+        for (label, value) in &instance.labels {
+            let key = (instance.namespace.clone(), label.clone(), value.clone());
+            match present {
+                true => add(&mut self.by_label, key, instance.name.clone()),
+                false => take(&mut self.by_label, &key, &instance.name),
+            }
+        }
+        if let Dial::Application(address) = instance.dial {
+            let name = (instance.namespace.clone(), instance.name.clone());
+            for port in &instance.ports {
+                match present {
+                    true => add(&mut self.by_address, (address, port.port), name.clone()),
+                    false => take(&mut self.by_address, &(address, port.port), &name),
+                }
+            }
+        }
+    }
+
+    /// What one instance of a workload is, from whichever source counts.
+    pub(super) fn instance(&self, namespace: &str, name: &str) -> Option<&Arc<Instance>> {
+        let name = (namespace.to_owned(), name.to_owned());
+        self.registered.get(&name).or_else(|| self.written.get(&name))
+    }
+
+    /// The Service that an address belongs to.
+    pub(super) fn at_vip(&self, address: IpAddr) -> Option<ServiceKey> {
+        let first = self.vips.get(&address)?.first()?;
+        Some(key(&first.loaded.id.namespace, &first.loaded.id.name))
+    }
+
+    /// Slices of a Service, oldest first.
+    pub(super) fn slices_of(&self, key: &ServiceKey) -> impl Iterator<Item = &EndpointSlice> {
+        self.slices.get(key).into_iter().flatten().filter_map(|placed| match &placed.loaded.resource {
+            Resource::EndpointSlice(slice) => Some(slice),
+            _ => None,
         })
     }
 }
 
-/// The module that a filter runs, or the field that is wrong and why.
-fn module(filter: &WasmFilter, modules: &Modules) -> Result<Module, (&'static str, String)> {
-    let found = modules.found.get(&filter.module);
-    let source = &filter.module;
-    match (&filter.sha256, found) {
-        (None, Some(module)) => return Ok(module.clone()),
-        (Some(pinned), Some(module)) if *pinned == module.sha256 => return Ok(module.clone()),
-        (Some(pinned), found) => match (modules.held.get(pinned), found) {
-            (Some(size), _) => return Ok(Module { sha256: pinned.clone(), size: *size }),
-            (None, Some(module)) => {
-                return Err(("spec.module.sha256", format!("{source} has digest {}, not this one", module.sha256)));
-            }
-            (None, None) => {}
-        },
-        (None, None) => {}
-    }
-    let why = match (modules.problems.get(source), source) {
-        (Some(problem), _) => format!("{source}: {problem}"),
-        (None, ModuleSource::Pushed) => {
-            "no module of this digest is here; give it by `outrigger filter push`".to_owned()
-        }
-        (None, ModuleSource::File(_)) => format!("{source} cannot be read"),
-        (None, ModuleSource::Url(_) | ModuleSource::Oci(_)) => format!("{source} is not fetched yet"),
-    };
-    Err((source.field(), why))
+/// Who says what an instance is.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Source {
+    Written,
+    Registered,
 }

@@ -150,15 +150,22 @@ pub(crate) fn shard_of(id: &str, count: u32) -> u32 {
 
 impl Catalog {
     /// The instances that a Service takes for its endpoints, by name.
-    fn members(&self, key: &ServiceKey, service: &Service) -> Vec<&Arc<Instance>> {
+    pub(super) fn members(&self, key: &ServiceKey, service: &Service) -> Vec<&Arc<Instance>> {
         let by_service = BTreeMap::from([(SERVICE_NAME.to_owned(), key.name.clone())]);
         let selector = if service.selector.is_empty() { &by_service } else { &service.selector };
         let candidates = selector.iter().map(|(label, value)| {
             let index = (key.namespace.clone(), label.clone(), value.clone());
-            self.by_label.get(&index).map_or(&[][..], Vec::as_slice)
+            self.by_label.get(&index)
         });
-        let fewest = candidates.min_by_key(|candidates| candidates.len()).unwrap_or_default();
-        fewest.iter().filter(|instance| belongs(&key.name, service, instance)).collect()
+        // A label that nothing has leaves none at all.
+        let Some(candidates) = candidates.collect::<Option<Vec<_>>>() else { return Vec::new() };
+        let fewest = candidates.into_iter().min_by_key(|candidates| candidates.size());
+        fewest
+            .into_iter()
+            .flatten()
+            .filter_map(|name| self.instance(&key.namespace, name))
+            .filter(|instance| belongs(&key.name, service, instance))
+            .collect()
     }
 
     /// Every endpoint of a Service's port, by id.
@@ -174,7 +181,7 @@ impl Catalog {
                 endpoints.push(endpoint);
             }
         }
-        for slice in self.slices.get(key).into_iter().flatten() {
+        for slice in self.slices_of(key) {
             let Some((_, number)) = slice.ports.iter().find(|(name, _)| *name == port.name) else { continue };
             for member in &slice.endpoints {
                 let address = member.address.to_string();
@@ -206,7 +213,7 @@ impl Catalog {
 
     /// The instance whose application is dialled at this address.
     pub(crate) fn instance_at(&self, address: IpAddr, number: u16) -> Option<(&Instance, &AppPort)> {
-        let (namespace, name) = self.by_address.get(&(address, number))?;
+        let (namespace, name) = self.by_address.get(&(address, number))?.first()?;
         let instance = self.instance(namespace, name)?;
         let port = instance.ports.iter().find(|port| port.port == number)?;
         Some((instance, port))

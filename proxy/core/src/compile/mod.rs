@@ -2,12 +2,15 @@
 //! resources; [`Catalog::answer`] compiles one answer on demand, so that a mesh of 5,000 services costs a proxy (and the
 //! control plane) only what is asked for. Equal inputs give equal bytes and so equal versions.
 
+mod build;
+mod change;
 mod inbound;
 mod index;
 mod instance;
 mod policy;
 mod rows;
 mod service;
+mod warn;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
@@ -22,6 +25,7 @@ use sha2::{Digest, Sha256};
 use crate::key::{Key, Named, ServiceKey, canonicalise};
 use instance::{shard_count, shard_of};
 
+pub use change::{Change, Topic};
 pub use index::Catalog;
 pub use rows::{EndpointRow, RouteBackendRow, RouteRow, ServicePortRow, ServiceRow};
 
@@ -134,22 +138,21 @@ impl Catalog {
     /// Indexes the inputs. What contradicts another resource is left out and reported; a reference to nothing is no
     /// rejection but a warning, and an invalid backend of its route.
     pub fn build(inputs: Inputs) -> (Self, Vec<Rejection>) {
-        index::build(inputs)
+        build::build(inputs)
     }
 
-    /// References to nothing and the like: allowed, since the other side may come later, but worth a line.
-    pub fn warnings(&self) -> &[Rejection] {
-        &self.warnings
+    /// Every resource that it was built from.
+    pub fn resources(&self) -> impl Iterator<Item = &Arc<Loaded>> {
+        self.resources.values().map(|placed| &placed.loaded)
     }
 
     /// Answers one subscription.
     pub fn answer(&self, type_url: &str, key: &Key, client: &Client) -> Answer {
         let found = match (type_url, key) {
             (type_url::SERVICE, Key::Service(service)) => self.answer_service(key, service, client),
-            (type_url::SERVICE, Key::Ip(address)) => self
-                .vips
-                .get(&address.ip().to_canonical())
-                .and_then(|service| self.answer_service(key, service, client)),
+            (type_url::SERVICE, Key::Ip(address)) => {
+                self.at_vip(address.ip().to_canonical()).and_then(|service| self.answer_service(key, &service, client))
+            }
             (type_url::SERVICE, Key::Host(name, _)) => match canonicalise(name, &client.namespace) {
                 Some((Named::Service(service), _)) => self.answer_service(key, &service, client),
                 _ => None,
@@ -181,7 +184,7 @@ impl Catalog {
 
     /// Modules that filters use now.
     pub fn wasm_modules(&self) -> Vec<Module> {
-        let mut modules: Vec<_> = self.filters.values().filter_map(|filter| filter.module.clone()).collect();
+        let mut modules: Vec<_> = self.policies.filters.values().filter_map(|filter| filter.module.clone()).collect();
         modules.sort_by(|a, b| a.sha256.cmp(&b.sha256));
         modules.dedup();
         modules
@@ -217,7 +220,7 @@ impl Catalog {
     }
 
     fn mesh_config(&self) -> mesh::MeshConfig {
-        let config = &self.mesh;
+        let config = &self.policies.mesh;
         let outbound = config.outbound_traffic.unwrap_or(mesh::mesh_config::OutboundTraffic::AllowAny);
         mesh::MeshConfig {
             trust_domain: self.trust_domain.clone(),
@@ -232,7 +235,7 @@ impl Catalog {
 
     /// Lifetime of the certificates that are signed, in milliseconds.
     pub fn certificate_lifetime_ms(&self) -> u64 {
-        self.mesh.certificate_lifetime.unwrap_or(86_400_000)
+        self.policies.mesh.certificate_lifetime.unwrap_or(86_400_000)
     }
 }
 

@@ -14,9 +14,9 @@ const MAX_EJECTION_MS: u64 = 300_000;
 impl Catalog {
     /// Of a Service: its own, over its namespace's, over the mesh's.
     pub(super) fn service_settings(&self, key: &ServiceKey) -> Settings {
-        let namespace = self.traffic.get(&Attachment::Namespace(key.namespace.clone()));
-        let service = self.traffic.get(&Attachment::Service(key.clone()));
-        [namespace, service].into_iter().flatten().fold(self.mesh.defaults.clone(), Settings::overlaid)
+        let namespace = self.policies.traffic.get(&Attachment::Namespace(key.namespace.clone()));
+        let service = self.policies.traffic.get(&Attachment::Service(key.clone()));
+        [namespace, service].into_iter().flatten().fold(self.policies.mesh.defaults.clone(), Settings::overlaid)
     }
 
     /// Of a rule: its own, over its route's, over those of the Service that was called.
@@ -30,7 +30,7 @@ impl Catalog {
     ) -> Settings {
         let at = |rule: Option<String>| {
             let (namespace, name) = (namespace.to_owned(), name.to_owned());
-            self.traffic.get(&Attachment::Route { grpc, namespace, name, rule })
+            self.policies.traffic.get(&Attachment::Route { grpc, namespace, name, rule })
         };
         let route = at(None);
         let own = rule.name.as_ref().and_then(|name| at(Some(name.clone())));

@@ -159,9 +159,9 @@ impl Catalog {
 
     fn service_row(&self, key: &ServiceKey, loaded: &Loaded, service: &Service) -> ServiceRow {
         // Producers' routes and those of every consumer: whichever may hold for some client.
-        let attached = self.routes.get(key).map_or(&[][..], Vec::as_slice);
+        let attached = self.routes.get(key).into_iter().flatten();
         let clients: BTreeSet<&str> =
-            attached.iter().map(|one| one.loaded.id.namespace.as_str()).chain([key.namespace.as_str()]).collect();
+            attached.map(|one| one.loaded.id.namespace.as_str()).chain([key.namespace.as_str()]).collect();
         let ports = service.ports.iter().map(|port| {
             let mut routes = BTreeSet::new();
             for client in &clients {
