@@ -21,7 +21,7 @@ fn measured(services: usize) -> Value {
     ] {
         tool.arg(flag).arg(value.to_string());
     }
-    serde_json::from_str(&succeed(tool)).unwrap()
+    serde_json::from_str(&succeed(&mut tool)).unwrap()
 }
 
 fn count(results: &Value, phase: &str, name: &str) -> u64 {
