@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
 
-/// Path of `outrigger`, `outrigger-proxy` or `outrigger-control`: from `OUTRIGGER_BIN_DIR`, which `make test` sets after
+/// Path of a binary of the workspace: from `OUTRIGGER_BIN_DIR`, which `make test` sets after
 /// building, else from the directory of the test itself, built first when it is missing.
 pub fn binary(name: &str) -> PathBuf {
     static DIRECTORY: OnceLock<PathBuf> = OnceLock::new();
@@ -22,7 +22,9 @@ pub fn binary(name: &str) -> PathBuf {
 fn build() -> PathBuf {
     let test = env::current_exe().expect("path of the test");
     let directory = test.parent().and_then(Path::parent).expect("target directory").to_owned();
-    let built = ["outrigger", "outrigger-proxy", "outrigger-control"].iter().all(|name| directory.join(name).exists());
+    let built = ["outrigger", "outrigger-proxy", "outrigger-control", "outrigger-scale"]
+        .iter()
+        .all(|name| directory.join(name).exists());
     if !built {
         let target = directory.parent().expect("target directory");
         let status = Command::new(env!("CARGO"))

@@ -159,14 +159,14 @@ impl Mesh {
         }
         let cpu = self.process.cpu()? - cpu;
         latencies.sort_unstable();
-        let at = |share: f64| {
-            let index = ((latencies.len() as f64 * share) as usize).min(latencies.len().saturating_sub(1));
+        let at = |percent: usize| {
+            let index = (latencies.len() * percent / 100).min(latencies.len().saturating_sub(1));
             latencies.get(index).map_or(0.0, |time| round(time.as_secs_f64() * 1e3))
         };
         let mut result = json!({
             "changes": count,
             "received": latencies.len(),
-            "ms": { "p50": at(0.5), "p99": at(0.99), "max": at(1.0) },
+            "ms": { "p50": at(50), "p99": at(99), "max": at(100) },
             "cpuMsPerChange": round(cpu.as_secs_f64() * 1e3 / count as f64),
         });
         self.add_work(&mut result, &work)?;
