@@ -10,6 +10,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 
 use super::head::{Guarded, Times};
 use super::{Connection, ConnectionInfo, Way, exchange};
+use crate::coalesce::coalesce;
 use crate::io::Io;
 use crate::listen::Version;
 use crate::metrics::Metric;
@@ -84,16 +85,19 @@ async fn serve_http2(io: Io, connection: &Rc<Connection>) -> hyper::Result<()> {
         .auto_date_header(false)
         .keep_alive_interval(PING_EVERY)
         .keep_alive_timeout(PING_TIMEOUT);
-    let serving = builder.serve_connection(TokioIo::new(io), service);
-    let mut serving = std::pin::pin!(serving);
-    let idle = idle(connection);
-    tokio::select! {
-        ended = until_drained(connection, serving.as_mut(), http2::Connection::graceful_shutdown) => return ended,
-        () = idle => {}
-    }
-    serving.as_mut().graceful_shutdown();
-    let last = tokio::time::timeout(PING_TIMEOUT, serving);
-    last.await.unwrap_or(Ok(()))
+    let (io, flusher) = coalesce(io);
+    let serving = async {
+        let mut serving = std::pin::pin!(builder.serve_connection(TokioIo::new(io), service));
+        let idle = idle(connection);
+        tokio::select! {
+            ended = until_drained(connection, serving.as_mut(), http2::Connection::graceful_shutdown) => return ended,
+            () = idle => {}
+        }
+        serving.as_mut().graceful_shutdown();
+        let last = tokio::time::timeout(PING_TIMEOUT, serving);
+        last.await.unwrap_or(Ok(()))
+    };
+    flusher.around(serving).await
 }
 
 /// Ready when no stream was open for the idle timeout. HTTP/1 connections are watched by their guard.

@@ -1,5 +1,6 @@
 //! One connection to an endpoint: dial, prove and check identities, speak HTTP.
 
+use std::cell::RefCell;
 use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -15,6 +16,7 @@ use outrigger_core::spiffe::SpiffeId;
 use tokio::net::TcpStream;
 
 use super::Cluster;
+use crate::coalesce::{Flusher, coalesce};
 use crate::http::{RequestBody, Way};
 use crate::io::Io;
 use crate::metrics::{Held, Local, Metric};
@@ -294,7 +296,8 @@ pub(super) async fn http2<H: 'static>(
     held: H,
     ended: impl Future<Output = ()> + 'static,
 ) -> Result<http2::SendRequest<RequestBody>, ConnectError> {
-    let mut builder = http2::Builder::new(LocalExecutor);
+    let (io, flusher) = coalesce(io);
+    let mut builder = http2::Builder::new(ConnectionFirst(Rc::new(RefCell::new(Some(flusher)))));
     builder
         .timer(TokioTimer::new())
         .initial_stream_window_size(STREAM_WINDOW)
@@ -334,5 +337,19 @@ pub(crate) struct LocalExecutor;
 impl<F: Future + 'static> hyper::rt::Executor<F> for LocalExecutor {
     fn execute(&self, future: F) {
         tokio::task::spawn_local(future);
+    }
+}
+
+/// The same for a client's connection: the task that is started first drives it, and flushes what it wrote.
+#[derive(Debug, Clone)]
+struct ConnectionFirst(Rc<RefCell<Option<Flusher>>>);
+
+impl<F: Future + 'static> hyper::rt::Executor<F> for ConnectionFirst {
+    fn execute(&self, future: F) {
+        let flusher = self.0.borrow_mut().take();
+        match flusher {
+            Some(flusher) => drop(tokio::task::spawn_local(flusher.around(future))),
+            None => drop(tokio::task::spawn_local(future)),
+        }
     }
 }
