@@ -88,7 +88,7 @@ impl PartialEq for Bundle {
 }
 
 /// Which side of the connection showed the chain.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Usage {
     /// The accepting side
     Server,
@@ -101,7 +101,7 @@ pub enum Usage {
 pub struct Verified {
     /// The leaf's one SPIFFE ID
     pub identity: SpiffeId,
-    /// Seconds since the Unix epoch: the leaf's
+    /// Seconds since the Unix epoch: the latest of the chain
     pub not_before: i64,
     /// Seconds since the Unix epoch: the earliest of the chain
     pub not_after: i64,
@@ -109,6 +109,27 @@ pub struct Verified {
     pub root: Fingerprint,
     /// The leaf's public key
     pub key: Fingerprint,
+}
+
+impl Verified {
+    /// Whether the chain is (still) within its time: all of [`verify`]'s verdict that depends on the moment.
+    ///
+    /// # Errors
+    /// `Expired` or `NotYetValid`.
+    pub fn valid_at(&self, now: UnixTime) -> Result<(), ChainError> {
+        valid(self.not_before, self.not_after, now)
+    }
+}
+
+fn valid(not_before: i64, not_after: i64, now: UnixTime) -> Result<(), ChainError> {
+    let seconds = i64::try_from(now.as_secs()).unwrap_or(i64::MAX);
+    if seconds > not_after {
+        return Err(ChainError::Expired { at: not_after });
+    }
+    if seconds < not_before {
+        return Err(ChainError::NotYetValid { at: not_before });
+    }
+    Ok(())
 }
 
 /// Why a chain is not accepted.
@@ -155,15 +176,9 @@ pub fn verify(
     now: UnixTime,
 ) -> Result<Verified, ChainError> {
     let (leaf, intermediates) = chain.split_first().ok_or(ChainError::Missing)?;
-    let seconds = i64::try_from(now.as_secs()).unwrap_or(i64::MAX);
     let described = describe(chain)?;
     // First, so that an expired certificate is called that, whatever else is wrong with its chain.
-    if seconds > described.not_after {
-        return Err(ChainError::Expired { at: described.not_after });
-    }
-    if seconds < described.not_before {
-        return Err(ChainError::NotYetValid { at: described.not_before });
-    }
+    valid(described.not_before, described.not_after, now)?;
     let end_entity = EndEntityCert::try_from(leaf).map_err(|e| ChainError::Malformed(e.to_string()))?;
     let key_usage = match usage {
         Usage::Server => KeyUsage::server_auth(),

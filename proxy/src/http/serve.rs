@@ -69,7 +69,8 @@ async fn serve_http1(io: Io, connection: &Rc<Connection>) -> hyper::Result<()> {
 async fn serve_http2(io: Io, connection: &Rc<Connection>) -> hyper::Result<()> {
     let service = {
         let connection = connection.clone();
-        service_fn(move |request| exchange::handle(connection.clone(), request))
+        // Boxed: hyper and tokio move each stream's task several times before it runs.
+        service_fn(move |request| Box::pin(exchange::handle(connection.clone(), request)))
     };
     let mut builder = http2::Builder::new(LocalExecutor);
     builder

@@ -2,6 +2,7 @@
 //! byte of the application.
 
 mod error;
+mod known;
 mod provider;
 mod session;
 #[cfg(test)]
@@ -14,7 +15,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use outrigger_core::chain::{self, Bundle, Fingerprint, Usage, Verified};
+use outrigger_core::chain::{Bundle, Fingerprint, Usage, Verified};
 use outrigger_core::spiffe::SpiffeId;
 use rustls::{CommonState, HandshakeKind};
 use rustls_pki_types::{ServerName, UnixTime};
@@ -175,8 +176,7 @@ where
 fn judge(connection: &CommonState, identity: &Identity, usage: Usage) -> Result<Peer, TlsError> {
     let now = UnixTime::now();
     let chain = connection.peer_certificates().unwrap_or_default();
-    let algorithms = provider().signature_verification_algorithms.all;
-    let verified = chain::verify(chain, &identity.bundle(), usage, algorithms, now)?;
+    let verified = known::verify(chain, &identity.bundle(), usage, now)?;
     let resumed = connection.handshake_kind() == Some(HandshakeKind::Resumed);
     Ok(Peer::new(verified, resumed, now))
 }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use arc_swap::ArcSwap;
-use outrigger_core::chain::{self, Bundle, ChainError, Usage};
+use outrigger_core::chain::{Bundle, ChainError, Usage};
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
 use rustls::{
@@ -11,7 +11,7 @@ use rustls::{
 };
 use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
 
-use super::provider;
+use super::{known, provider};
 
 /// Verifies servers. Says nothing about which workload it must be.
 #[derive(Debug)]
@@ -30,8 +30,7 @@ fn verify(
 ) -> Result<(), Error> {
     let chain: Vec<CertificateDer<'_>> =
         std::iter::once(leaf).chain(intermediates).map(|der| CertificateDer::from(der.as_ref())).collect();
-    let algorithms = provider().signature_verification_algorithms.all;
-    chain::verify(&chain, &bundle.load(), usage, algorithms, now).map(drop).map_err(alert)
+    known::verify(&chain, &bundle.load(), usage, now).map(drop).map_err(alert)
 }
 
 /// As rustls's own errors where there is one, since that chooses the alert that the peer gets.

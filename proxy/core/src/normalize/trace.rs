@@ -84,7 +84,10 @@ fn write(context: &Context) -> HeaderValue {
     put(&mut text[36..52], context.span.into());
     text[54] += u8::from(context.sampled);
     // Hexadecimal digits and dashes are always a header value.
-    HeaderValue::from_bytes(&text).unwrap_or(HeaderValue::from_static("00-0-0-00"))
+    let mut value = HeaderValue::from_bytes(&text).unwrap_or(HeaderValue::from_static("00-0-0-00"));
+    // No two are the same: HTTP/2 then keeps it out of its tables, where it would drive out what comes again.
+    value.set_sensitive(true);
+    value
 }
 
 /// Lower case digits, from the right.
