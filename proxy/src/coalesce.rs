@@ -59,7 +59,9 @@ impl Flusher {
         std::future::poll_fn(|cx| {
             let polled = connection.as_mut().poll(cx);
             let mut staged = self.0.borrow_mut();
-            if let Poll::Ready(Err(error)) = staged.poll_flush(cx) {
+            if staged.failed.is_none()
+                && let Poll::Ready(Err(error)) = staged.poll_flush(cx)
+            {
                 staged.failed = Some(error);
                 cx.waker().wake_by_ref();
             }

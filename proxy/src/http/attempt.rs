@@ -5,7 +5,6 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ::http::{HeaderMap, Response, Version, response};
-use hyper::body::Incoming;
 use hyper::upgrade::OnUpgrade;
 use outrigger_core::balance::{Endpoint, Guard, pick};
 use outrigger_core::breaker::Permit;
@@ -21,7 +20,7 @@ use super::respond;
 use crate::metrics::Metric;
 use crate::state::WorkerLoad;
 use crate::tls::Peer;
-use crate::upstream::{Cluster, ConnectError, Lease, Security, SendError, Target, Wire};
+use crate::upstream::{Cluster, ConnectError, Lease, Received, Security, SendError, Target, Wire, WireError};
 use crate::worker::Worker;
 
 /// The last attempt of an exchange, held until its response's body ends.
@@ -162,9 +161,10 @@ impl Failed {
     }
 
     /// `unsent`: hyper handed the request back.
-    fn sent(unsent: bool, error: &hyper::Error) -> Self {
+    fn sent(unsent: bool, error: &WireError) -> Self {
         let kind = if unsent || unprocessed(error) { retry::Failure::Unprocessed } else { retry::Failure::Reset };
-        let reason = if error.is_parse() { Reason::UpstreamProtocol } else { Reason::UpstreamReset };
+        let parsed = matches!(error, WireError::Http1(error) if error.is_parse());
+        let reason = if parsed { Reason::UpstreamProtocol } else { Reason::UpstreamReset };
         Self { kind, answer: Failure::new(reason, describe(error)) }
     }
 
@@ -174,22 +174,20 @@ impl Failed {
 }
 
 /// The peer says that it did nothing with the stream.
-fn unprocessed(error: &hyper::Error) -> bool {
-    let cause = std::error::Error::source(error).and_then(|cause| cause.downcast_ref::<h2::Error>());
-    cause.is_some_and(|cause| {
-        cause.reason() == Some(h2::Reason::REFUSED_STREAM)
-            || (cause.is_go_away() && cause.is_remote() && cause.reason() == Some(h2::Reason::NO_ERROR))
-    })
+fn unprocessed(error: &WireError) -> bool {
+    let WireError::Http2(error) = error else { return false };
+    error.reason() == Some(h2::Reason::REFUSED_STREAM)
+        || (error.is_go_away() && error.is_remote() && error.reason() == Some(h2::Reason::NO_ERROR))
 }
 
-fn describe(error: &hyper::Error) -> String {
+fn describe(error: &WireError) -> String {
     match std::error::Error::source(error) {
         Some(cause) => format!("{error}: {cause}"),
         None => error.to_string(),
     }
 }
 
-type Responded = (Response<Incoming>, Lease);
+type Responded = (Response<Received>, Lease);
 
 /// Sends a request to one place, without retries: the own application, an instance hit by its address, or the outside.
 pub(super) async fn direct(x: &mut Exchange, target: &Target, mut out: Outgoing) -> Result<Answer, Failure> {
@@ -360,7 +358,7 @@ impl Run {
 }
 
 /// A response as the plan sees it.
-fn answered(x: &Exchange, response: &Response<Incoming>, trusted: bool) -> retry::Failure {
+fn answered(x: &Exchange, response: &Response<Received>, trusted: bool) -> retry::Failure {
     let headers = response.headers();
     retry::Failure::Response {
         status: response.status().as_u16(),

@@ -18,6 +18,7 @@ use tokio::time::Sleep;
 use super::exchange::Running;
 use super::filtered::{FilteredRequest, FilteredResponse};
 use super::made::Made;
+use crate::upstream::Received;
 
 /// Any failure of a body; hyper closes or resets what it was part of.
 pub(super) type BodyError = Box<dyn std::error::Error + Send + Sync>;
@@ -335,7 +336,7 @@ enum Response {
 }
 
 struct Upstream {
-    body: Incoming,
+    body: Received,
     deadline: Option<Pin<Box<Sleep>>>,
     /// Dropped without an end: the client went away.
     tail: Option<Box<dyn Tail>>,
@@ -354,7 +355,7 @@ impl ResponseBody {
     }
 
     /// An endpoint's body, watched by a tail. A body that has ended already ends the tail at once.
-    pub(super) fn upstream(body: Incoming, mut tail: Box<dyn Tail>, deadline: Option<Instant>) -> Self {
+    pub(super) fn upstream(body: Received, mut tail: Box<dyn Tail>, deadline: Option<Instant>) -> Self {
         if body.is_end_stream() {
             tail.end(None);
             return Self::full(Bytes::new());
@@ -395,7 +396,7 @@ impl Body for ResponseBody {
             return Poll::Ready(Some(Err("the request's timeout passed".into())));
         };
         upstream.watch(frame.as_ref());
-        Poll::Ready(frame.map(|frame| frame.map_err(Into::into)))
+        Poll::Ready(frame)
     }
 
     fn is_end_stream(&self) -> bool {
@@ -416,7 +417,7 @@ impl Body for ResponseBody {
 }
 
 impl Upstream {
-    fn watch(&mut self, frame: Option<&Result<Frame<Bytes>, hyper::Error>>) {
+    fn watch(&mut self, frame: Option<&Result<Frame<Bytes>, BodyError>>) {
         let Some(tail) = &mut self.tail else { return };
         let ended = match frame {
             None => true,

@@ -23,6 +23,7 @@ use crate::log::Entry;
 use crate::metrics::Metric;
 use crate::snapshot::Snapshot;
 use crate::state::Busy;
+use crate::upstream::Received;
 
 /// The state of one request. Metrics and the access log get it when it is dropped, which is at the end of the response's body,
 /// or when the client went away.
@@ -82,7 +83,7 @@ impl From<Reason> for Failure {
 #[derive(Debug)]
 pub(super) enum Answer {
     /// An endpoint's response, and what is held until its body ends
-    Upstream(Response<Incoming>, Box<Attempt>),
+    Upstream(Response<Received>, Box<Attempt>),
     /// A response without an endpoint
     Local { response: Response<Bytes>, reason: Reason },
     /// What the filters say
@@ -328,7 +329,7 @@ impl Exchange {
     }
 
     /// An endpoint's response as policy lets it in.
-    fn received(&mut self, response: Response<Incoming>, attempt: &Attempt) -> Result<Response<Incoming>, Failure> {
+    fn received(&mut self, response: Response<Received>, attempt: &Attempt) -> Result<Response<Received>, Failure> {
         let (mut head, body) = response.into_parts();
         let direction = match self.connection.way() {
             Way::Outbound => Direction::Outbound,
@@ -346,7 +347,7 @@ impl Exchange {
 
     fn finish_upstream(
         mut self: Box<Self>,
-        response: Response<Incoming>,
+        response: Response<Received>,
         attempt: Box<Attempt>,
         hops: &reply::Hops,
         running: Running,

@@ -18,14 +18,15 @@ use super::exchange::{Answer, Exchange, ExchangeTail, Failure, Incomer, Running}
 use super::respond;
 use super::response::Hops;
 use crate::filter::{self, Chain, Flow, Stop};
+use crate::upstream::Received;
 
 type Polled = Poll<Option<Result<Frame<Bytes>, BodyError>>>;
 
 /// A message's body on its way into a chain.
 #[derive(Debug)]
-struct Inlet {
+struct Inlet<B> {
     flow: Flow,
-    source: Option<Incoming>,
+    source: Option<B>,
     /// Whether the last frame says so itself: of HTTP/1 the end comes by itself, as in other hosts
     telling: bool,
 }
@@ -38,14 +39,18 @@ enum Inflow {
     Ended(Option<HeaderMap>),
 }
 
-impl Inlet {
-    fn new(flow: Flow, source: Incoming, version: Version) -> Self {
+impl<B> Inlet<B>
+where
+    B: Body<Data = Bytes> + Unpin,
+    B::Error: Into<BodyError>,
+{
+    fn new(flow: Flow, source: B, version: Version) -> Self {
         let source = (!source.is_end_stream()).then_some(source);
         Self { flow, source, telling: version == Version::HTTP_2 }
     }
 
     /// Moves a frame, if the chain has room.
-    fn poll(&mut self, chain: &Chain, cx: &mut Context<'_>) -> Poll<Result<Inflow, hyper::Error>> {
+    fn poll(&mut self, chain: &Chain, cx: &mut Context<'_>) -> Poll<Result<Inflow, BodyError>> {
         let Some(source) = self.source.as_mut().filter(|_| chain.wants(self.flow)) else { return Poll::Pending };
         match std::task::ready!(Pin::new(&mut *source).poll_frame(cx)) {
             Some(Ok(frame)) => {
@@ -67,7 +72,7 @@ impl Inlet {
             }
             Some(Err(error)) => {
                 self.source = None;
-                Poll::Ready(Err(error))
+                Poll::Ready(Err(error.into()))
             }
             None => {
                 self.source = None;
@@ -98,7 +103,7 @@ fn size(chain: &Chain, flow: Flow) -> SizeHint {
 #[derive(Debug)]
 pub struct FilteredRequest {
     chain: Chain,
-    inlet: Inlet,
+    inlet: Inlet<Incoming>,
 }
 
 impl FilteredRequest {
@@ -110,7 +115,7 @@ impl FilteredRequest {
             }
             self.chain.register(Flow::Request, cx.waker());
             if let Err(error) = std::task::ready!(self.inlet.poll(&self.chain, cx)) {
-                return Poll::Ready(Some(Err(error.into())));
+                return Poll::Ready(Some(Err(error)));
             }
         }
     }
@@ -265,7 +270,7 @@ impl Exchange {
     pub(super) async fn respond_through(
         mut self: Box<Self>,
         chain: Chain,
-        upstream: Option<(Response<Incoming>, Box<Attempt>)>,
+        upstream: Option<(Response<Received>, Box<Attempt>)>,
         hops: &Hops,
         running: Running,
     ) -> Result<Response<ResponseBody>, BodyError> {
@@ -377,7 +382,7 @@ pub(super) fn expects(head: &request::Parts) -> bool {
 #[derive(Debug)]
 struct Outlet {
     chain: Chain,
-    inlet: Option<Inlet>,
+    inlet: Option<Inlet<Received>>,
     deadline: Option<Pin<Box<Sleep>>>,
 }
 
@@ -448,7 +453,7 @@ impl FilteredResponse {
                     if let Some(mut tail) = tail.take() {
                         tail.broken();
                     }
-                    return Poll::Ready(Some(Err(error.into())));
+                    return Poll::Ready(Some(Err(error)));
                 }
                 (Poll::Pending, tail) => {
                     let Some(deadline) = &mut self.outlet.deadline else { return Poll::Pending };

@@ -1,13 +1,12 @@
 //! One connection to an endpoint: dial, prove and check identities, speak HTTP.
 
-use std::cell::RefCell;
 use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use hyper::client::conn::{http1, http2};
-use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper::client::conn::http1;
+use hyper_util::rt::TokioIo;
 use outrigger_core::balance::Endpoint;
 use outrigger_core::breaker::{Permit, Wanted};
 use outrigger_core::link::{Backend, Limits, Protocol};
@@ -16,7 +15,6 @@ use outrigger_core::spiffe::SpiffeId;
 use tokio::net::TcpStream;
 
 use super::Cluster;
-use crate::coalesce::{Flusher, coalesce};
 use crate::http::{RequestBody, Way};
 use crate::io::Io;
 use crate::metrics::{Held, Local, Metric};
@@ -26,13 +24,9 @@ use crate::tls::{self, Peer, TlsError};
 
 /// Header block of a response, bytes.
 const MAX_HEAD: usize = 64 * 1024;
-const STREAM_WINDOW: u32 = 256 * 1024;
-const CONNECTION_WINDOW: u32 = 1024 * 1024;
 /// An instance hit by its address has no policy: the defaults hold.
 const WORKLOAD_CONNECT: Duration = Duration::from_secs(1);
 const WORKLOAD_IDLE: Duration = Duration::from_secs(300);
-const PING_EVERY: Duration = Duration::from_secs(30);
-const PING_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// What a connection speaks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -290,31 +284,11 @@ pub(super) async fn http1<H: 'static>(
     Ok(sender)
 }
 
-/// Starts HTTP/2 on a connection; `held` is dropped when it ends. `ended` runs beside it for as long.
-pub(super) async fn http2<H: 'static>(
-    io: Io,
-    held: H,
-    ended: impl Future<Output = ()> + 'static,
-) -> Result<http2::SendRequest<RequestBody>, ConnectError> {
-    let (io, flusher) = coalesce(io);
-    let mut builder = http2::Builder::new(ConnectionFirst(Rc::new(RefCell::new(Some(flusher)))));
-    builder
-        .timer(TokioTimer::new())
-        .initial_stream_window_size(STREAM_WINDOW)
-        .initial_connection_window_size(CONNECTION_WINDOW)
-        .max_header_list_size(u32::try_from(MAX_HEAD).unwrap_or(u32::MAX))
-        .keep_alive_interval(PING_EVERY)
-        .keep_alive_timeout(PING_TIMEOUT);
-    let (sender, connection) = builder.handshake(TokioIo::new(io)).await.map_err(protocol)?;
-    tokio::task::spawn_local(async move {
-        drive(connection, ended).await;
-        drop(held);
-    });
-    Ok(sender)
-}
-
 /// Until the connection ends. When `ended` is ready, what runs on it has only so long.
-async fn drive(connection: impl Future<Output = hyper::Result<()>>, ended: impl Future<Output = ()>) {
+pub(super) async fn drive<E: std::fmt::Display>(
+    connection: impl Future<Output = Result<(), E>>,
+    ended: impl Future<Output = ()>,
+) {
     let mut connection = std::pin::pin!(connection);
     let result = tokio::select! {
         biased;
@@ -326,7 +300,7 @@ async fn drive(connection: impl Future<Output = hyper::Result<()>>, ended: impl 
     }
 }
 
-fn protocol(error: hyper::Error) -> ConnectError {
+pub(super) fn protocol(error: impl std::fmt::Display) -> ConnectError {
     ConnectError::new(Reason::ConnectFailure, error)
 }
 
@@ -337,19 +311,5 @@ pub(crate) struct LocalExecutor;
 impl<F: Future + 'static> hyper::rt::Executor<F> for LocalExecutor {
     fn execute(&self, future: F) {
         tokio::task::spawn_local(future);
-    }
-}
-
-/// The same for a client's connection: the task that is started first drives it, and flushes what it wrote.
-#[derive(Debug, Clone)]
-struct ConnectionFirst(Rc<RefCell<Option<Flusher>>>);
-
-impl<F: Future + 'static> hyper::rt::Executor<F> for ConnectionFirst {
-    fn execute(&self, future: F) {
-        let flusher = self.0.borrow_mut().take();
-        match flusher {
-            Some(flusher) => drop(tokio::task::spawn_local(flusher.around(future))),
-            None => drop(tokio::task::spawn_local(future)),
-        }
     }
 }

@@ -2,10 +2,13 @@
 
 mod connect;
 mod pool;
+mod received;
+mod streams;
 
 pub use connect::{ConnectError, Label, Security, Target, Wire};
 pub(crate) use connect::{LocalExecutor, Opened, open};
-pub use pool::{Lease, Pools, SendError};
+pub use pool::{Lease, Pools, SendError, WireError};
+pub use received::Received;
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};

@@ -9,23 +9,24 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ::http::{Request, Response};
+use bytes::Bytes;
 use futures_util::FutureExt;
 use futures_util::future::{LocalBoxFuture, Shared};
-use hyper::body::Incoming;
-use hyper::client::conn::{http1, http2};
+use h2::client::SendRequest;
+use hyper::client::conn::http1;
 use outrigger_core::balance::Endpoint;
 use outrigger_core::breaker::Permit;
 use tokio::sync::Notify;
 
 use super::Cluster;
 use super::connect::{self, ConnectError, Link, Target, Wire};
+use super::received::Received;
+use super::streams::{self, STREAMS};
 use crate::http::RequestBody;
 use crate::metrics::Local;
 use crate::state::Proxy;
 use crate::tls::Peer;
 
-/// Streams that one HTTP/2 connection carries before another is opened.
-const STREAMS: usize = 100;
 /// Connections that one worker keeps idle per endpoint.
 const MAX_IDLE: usize = 256;
 /// How often idle connections are looked at.
@@ -88,9 +89,16 @@ struct Idle {
 
 #[derive(Debug)]
 struct SharedConnection {
-    sender: http2::SendRequest<RequestBody>,
-    streams: Cell<usize>,
+    sender: SendRequest<Bytes>,
+    streams: streams::Open,
     since: Cell<Instant>,
+}
+
+impl SharedConnection {
+    fn has_room(&self) -> bool {
+        // An endpoint that permits none for now is waited for in h2.
+        self.streams.get() < STREAMS.min(self.sender.current_max_send_streams().max(1))
+    }
 }
 
 impl Pools {
@@ -151,7 +159,7 @@ fn sweep(pools: &mut HashMap<PoolKey, Rc<Pool>>, now: Instant) {
         let old = |since: Instant| now.saturating_duration_since(since) >= pool.timeout.get();
         pool.idle.borrow_mut().retain(|idle| !idle.sender.is_closed() && !old(idle.since));
         let in_use = |shared: &Rc<SharedConnection>| shared.streams.get() > 0 || !old(shared.since.get());
-        pool.shared.borrow_mut().retain(|shared| !shared.sender.is_closed() && in_use(shared));
+        pool.shared.borrow_mut().retain(|shared| streams::is_open(&shared.sender) && in_use(shared));
         pool.open.get() > 0 || pool.connecting.borrow().is_some() || !pool.used.get().is_none_or(old)
     });
 }
@@ -172,8 +180,8 @@ impl Pool {
 
     fn take_shared(&self) -> Option<Rc<SharedConnection>> {
         let mut shared = self.shared.borrow_mut();
-        shared.retain(|connection| !connection.sender.is_closed());
-        shared.iter().find(|connection| connection.streams.get() < STREAMS).cloned()
+        shared.retain(|connection| streams::is_open(&connection.sender));
+        shared.iter().find(|connection| connection.has_room()).cloned()
     }
 
     /// Resolves when nothing that this peer proved holds any longer; new requests then get new connections.
@@ -278,17 +286,18 @@ async fn connect_shared(
     permit: Option<Permit>,
 ) -> Result<(), ConnectError> {
     let open = Open::new(&pool);
+    let streams = streams::Open::default();
     let result = match connect::open(&target, permit, &pools.proxy, &pools.metrics).await {
         Ok(opened) => {
             let link = Rc::new(opened.link);
             let ended = pool.clone().ended(link.clone(), pools.proxy.clone());
-            connect::http2(opened.io, (link, open), ended).await
+            streams::start(opened.io, (link, open), streams.clone(), ended).await
         }
         Err(error) => Err(error),
     };
     *pool.connecting.borrow_mut() = None;
     let sender = result?;
-    let connection = SharedConnection { sender, streams: Cell::new(0), since: Cell::new(Instant::now()) };
+    let connection = SharedConnection { sender, streams, since: Cell::new(Instant::now()) };
     pool.shared.borrow_mut().push(Rc::new(connection));
     Ok(())
 }
@@ -322,7 +331,21 @@ pub struct SendError {
     /// The request, where hyper knows that nothing of it was sent
     pub unsent: Option<Request<RequestBody>>,
     /// Why
-    pub error: hyper::Error,
+    pub error: WireError,
+}
+
+/// What went wrong on a connection.
+#[derive(Debug, thiserror::Error)]
+pub enum WireError {
+    /// HTTP/1
+    #[error(transparent)]
+    Http1(#[from] hyper::Error),
+    /// HTTP/2
+    #[error(transparent)]
+    Http2(#[from] h2::Error),
+    /// The connection ended before it was used
+    #[error("the connection was closed")]
+    Closed,
 }
 
 impl Lease {
@@ -349,12 +372,14 @@ impl Lease {
     ///
     /// # Errors
     /// When no response came.
-    pub async fn send(&mut self, request: Request<RequestBody>) -> Result<Response<Incoming>, SendError> {
-        let sent = match &mut self.kind {
-            Kind::Http1(alone) => alone.sender.try_send_request(request).await,
-            Kind::Http2(stream) => stream.connection.sender.clone().try_send_request(request).await,
-        };
-        sent.map_err(|mut error| SendError { unsent: error.take_message(), error: error.into_error() })
+    pub async fn send(&mut self, request: Request<RequestBody>) -> Result<Response<Received>, SendError> {
+        match &mut self.kind {
+            Kind::Http1(alone) => match alone.sender.try_send_request(request).await {
+                Ok(response) => Ok(response.map(Received::Http1)),
+                Err(mut error) => Err(SendError { unsent: error.take_message(), error: error.into_error().into() }),
+            },
+            Kind::Http2(stream) => streams::send(&stream.connection.sender, request).await,
+        }
     }
 
     /// The response's body has ended: the connection may serve another request.

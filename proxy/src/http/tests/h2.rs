@@ -12,6 +12,7 @@ use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
 use tokio::net::TcpStream;
 
+use super::retrying::{direct, streams};
 use super::*;
 use crate::upstream::LocalExecutor;
 
@@ -169,5 +170,32 @@ fn draining_ends_connections_after_what_runs() {
         // The connection between the sidecars ends; the next request takes a new one.
         let response = within(sender.send_request(call("reviews", "b"))).await.unwrap();
         assert_eq!(within(response.into_body().collect()).await.unwrap().to_bytes(), "b");
+    });
+}
+
+#[test]
+fn an_upload_ends_when_its_caller_leaves() {
+    run(async {
+        let (told, mut seen) = tokio::sync::mpsc::unbounded_channel();
+        let app = streams(move |_, mut respond| {
+            let told = told.clone();
+            tokio::task::spawn_local(async move {
+                told.send(None).unwrap();
+                let reason = std::future::poll_fn(|cx| respond.poll_reset(cx)).await;
+                told.send(Some(reason.unwrap())).unwrap();
+            });
+        })
+        .await;
+        let (_client, outbound) = direct(app, Version::Http2, wire::RoutePolicy::default()).await;
+        let stream = TcpStream::connect(outbound).await.unwrap();
+        let (mut sender, connection) = ::h2::client::handshake(stream).await.unwrap();
+        tokio::task::spawn_local(connection);
+        let request = Request::post("http://reviews/upload").body(()).unwrap();
+        let (response, mut body) = sender.send_request(request, false).unwrap();
+        body.send_data(Bytes::from_static(b"the first part"), false).unwrap();
+        assert_eq!(within(seen.recv()).await, Some(None));
+        body.send_reset(::h2::Reason::CANCEL);
+        drop(response);
+        assert_eq!(within(seen.recv()).await, Some(Some(::h2::Reason::CANCEL)));
     });
 }

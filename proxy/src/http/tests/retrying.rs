@@ -11,7 +11,7 @@ use super::*;
 use crate::metrics::Metric;
 
 /// A client's proxy in front of one plaintext endpoint.
-async fn direct(
+pub(super) async fn direct(
     app: std::net::SocketAddr,
     version: Version,
     policy: wire::RoutePolicy,
@@ -24,7 +24,9 @@ async fn direct(
 }
 
 /// An HTTP/2 server that treats its n-th stream (from 0) as `answer` does.
-async fn streams(answer: impl Fn(u32, ::h2::server::SendResponse<Bytes>) + Clone + 'static) -> std::net::SocketAddr {
+pub(super) async fn streams(
+    answer: impl Fn(u32, ::h2::server::SendResponse<Bytes>) + Clone + 'static,
+) -> std::net::SocketAddr {
     let (listener, address) = listen().await;
     let count = Rc::new(Cell::new(0));
     tokio::task::spawn_local(async move {
