@@ -1,16 +1,19 @@
 //! Counters and histograms: counted per worker, added up when somebody asks.
 //!
-//! A worker counts in a [`Local`] of its own: one relaxed add on a cache line nobody else writes. Series are made at
+//! A worker counts in a [`Local`] of its own, on cache lines nobody else writes, with plain loads and stores. Series are made at
 //! first use, under a lock that only a scrape shares.
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, HashMap};
 use std::fmt::Write as _;
-use std::hash::{BuildHasher, Hasher, RandomState};
+use std::hash::{BuildHasher, Hasher};
 use std::rc::Rc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
+
+use ::http::StatusCode;
+use foldhash::quality::RandomState;
 
 macro_rules! metrics {
     ($($(#[$meta:meta])* $name:ident = $text:literal, $kind:ident, [$($label:literal),*], $help:literal;)*) => {
@@ -125,7 +128,14 @@ impl Metrics {
     pub fn local(&self) -> Local {
         let shard = Arc::<Shard>::default();
         lock(&self.shards).push(shard.clone());
-        Local { inner: Rc::new(Inner { shard, hasher: RandomState::new(), cache: RefCell::default() }) }
+        Local {
+            inner: Rc::new(Inner {
+                shard,
+                hasher: RandomState::default(),
+                cache: RefCell::default(),
+                recent: RefCell::default(),
+            }),
+        }
     }
 
     /// Adds families that something else keeps (discovery, certificates, filters).
@@ -258,23 +268,137 @@ pub struct Local {
 }
 
 /// Series by the hash of metric and labels, so that looking one up makes no owned key.
-type Cache = HashMap<u64, Vec<(Metric, Labels, Arc<Series>)>>;
+type Cache = HashMap<u64, Vec<(Metric, Labels, Arc<Series>)>, foldhash::fast::RandomState>;
 
 #[derive(Debug)]
 struct Inner {
     shard: Arc<Shard>,
     hasher: RandomState,
     cache: RefCell<Cache>,
+    recent: RefCell<Recent>,
+}
+
+/// A label of [`Local::add_known`] and [`Local::record_known`]: one that is told from others by where it is in memory.
+#[derive(Debug, Clone, Copy)]
+pub enum Known<'a> {
+    /// A word of the program
+    Word(&'static str),
+    /// A name that is shared by everything it is counted for
+    Shared(&'a Arc<str>),
+    /// A response's status; `None`: there was no response
+    Status(Option<StatusCode>),
+}
+
+impl Known<'_> {
+    /// Equal only for equal labels, as long as what is shared lives.
+    fn identity(&self) -> (usize, usize) {
+        match self {
+            Self::Word(word) => (word.as_ptr().addr(), word.len()),
+            Self::Shared(name) => (Arc::as_ptr(name).cast::<u8>().addr(), name.len()),
+            Self::Status(status) => (0, status.map_or(0, |status| status.as_u16().into())),
+        }
+    }
+
+    fn text(&self) -> &str {
+        match self {
+            Self::Word(word) => word,
+            Self::Shared(name) => name,
+            Self::Status(status) => status.as_ref().map_or("0", StatusCode::as_str),
+        }
+    }
+
+    fn pinned(&self) -> Option<Arc<str>> {
+        match self {
+            Self::Shared(name) => Some(Arc::clone(name)),
+            Self::Word(_) | Self::Status(_) => None,
+        }
+    }
+}
+
+/// Labels that a metric has at most.
+const MAX_LABELS: usize = 5;
+/// Places for series that were used last.
+const RECENT: usize = 128;
+
+/// Series that were used last, each at the place its labels' identities give it.
+#[derive(Debug, Default)]
+struct Recent(Vec<Option<Kept>>);
+
+#[derive(Debug)]
+struct Kept {
+    metric: Metric,
+    identities: [(usize, usize); MAX_LABELS],
+    /// What the identities are those of: while it is held here nothing else has its place in memory.
+    _pinned: [Option<Arc<str>>; MAX_LABELS],
+    series: Arc<Series>,
+}
+
+impl Series {
+    /// Counts of a [`Local`] have one writer, so that no locked instruction is needed.
+    fn add(&self, n: u64) {
+        if let Self::Value(value) = self {
+            bump(value, n);
+        }
+    }
+
+    fn record(&self, duration: Duration) {
+        let us = u64::try_from(duration.as_micros()).unwrap_or(u64::MAX);
+        if let Self::Histogram(buckets) = self {
+            let at = BOUNDS.partition_point(|bound| *bound < us);
+            if let Some(count) = buckets.counts.get(at) {
+                bump(count, 1);
+            }
+            bump(&buckets.sum_us, us);
+        }
+    }
+}
+
+fn bump(value: &AtomicU64, n: u64) {
+    value.store(value.load(Ordering::Relaxed).wrapping_add(n), Ordering::Relaxed);
 }
 
 impl Local {
+    /// Adds to a counter whose labels are known by their place in memory: what every request does.
+    pub fn add_known<const N: usize>(&self, metric: Metric, labels: [Known<'_>; N], n: u64) {
+        self.known(metric, &labels, |series| series.add(n));
+    }
+
+    /// Records a duration likewise.
+    pub fn record_known<const N: usize>(&self, metric: Metric, labels: [Known<'_>; N], duration: Duration) {
+        self.known(metric, &labels, |series| series.record(duration));
+    }
+
+    fn known(&self, metric: Metric, labels: &[Known<'_>], act: impl FnOnce(&Series)) {
+        const { assert!(RECENT.is_power_of_two()) };
+        let mut identities = [(0, 0); MAX_LABELS];
+        let mut place = metric as usize;
+        for (identity, label) in identities.iter_mut().zip(labels) {
+            *identity = label.identity();
+            place = place.rotate_left(5) ^ (identity.0 >> 3) ^ identity.1;
+        }
+        place = place.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32 & (RECENT - 1);
+        let mut recent = self.inner.recent.borrow_mut();
+        if let Some(Some(kept)) = recent.0.get(place)
+            && kept.metric == metric
+            && kept.identities == identities
+        {
+            return act(&kept.series);
+        }
+        let mut texts = [""; MAX_LABELS];
+        let mut pinned = [const { None }; MAX_LABELS];
+        for (i, label) in labels.iter().take(MAX_LABELS).enumerate() {
+            (texts[i], pinned[i]) = (label.text(), label.pinned());
+        }
+        self.with(metric, &texts[..labels.len().min(MAX_LABELS)], |series| {
+            act(series);
+            recent.0.resize_with(RECENT, || None);
+            recent.0[place] = Some(Kept { metric, identities, _pinned: pinned, series: series.clone() });
+        });
+    }
+
     /// Adds to a counter.
     pub fn add(&self, metric: Metric, labels: &[&str], n: u64) {
-        self.with(metric, labels, |series| {
-            if let Series::Value(value) = series.as_ref() {
-                value.fetch_add(n, Ordering::Relaxed);
-            }
-        });
+        self.with(metric, labels, |series| series.add(n));
     }
 
     /// Adds one to a gauge until the guard is dropped.
@@ -291,16 +415,7 @@ impl Local {
 
     /// Records a duration in a histogram.
     pub fn record(&self, metric: Metric, labels: &[&str], duration: Duration) {
-        let us = u64::try_from(duration.as_micros()).unwrap_or(u64::MAX);
-        self.with(metric, labels, |series| {
-            if let Series::Histogram(buckets) = series.as_ref() {
-                let at = BOUNDS.partition_point(|bound| *bound < us);
-                if let Some(count) = buckets.counts.get(at) {
-                    count.fetch_add(1, Ordering::Relaxed);
-                }
-                buckets.sum_us.fetch_add(us, Ordering::Relaxed);
-            }
-        });
+        self.with(metric, labels, |series| series.record(duration));
     }
 
     fn with(&self, metric: Metric, labels: &[&str], act: impl FnOnce(&Arc<Series>)) {

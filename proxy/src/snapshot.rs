@@ -22,7 +22,7 @@ pub struct Snapshot {
     /// Filters by key (`filter/<namespace>/<name>`)
     pub(crate) filters: HashMap<String, FilterSlot>,
     /// Destinations by every key they were asked for under.
-    pub(crate) targets: HashMap<Key, (Target, Use)>,
+    pub(crate) targets: HashMap<Key, (Target, Use), foldhash::quality::RandomState>,
 }
 
 /// What a destination is.

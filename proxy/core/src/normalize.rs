@@ -103,20 +103,63 @@ pub fn request(head: &mut request::Parts, rules: &Rules<'_>) -> Result<Canonical
         return Err(Reason::ConnectRefused);
     }
     host(head)?;
-    transfer_encoding(head.version, &mut head.headers).map_err(|()| Reason::BadRequest)?;
-    content_length(&mut head.headers)?;
-    let upgrade = upgrade(head)?;
-    let trailers = te(&mut head.headers);
-    hop_by_hop(&mut head.headers);
+    let present = Present::of(&head.headers);
+    if present.has(Present::TRANSFER_ENCODING) {
+        transfer_encoding(head.version, &mut head.headers).map_err(|()| Reason::BadRequest)?;
+    }
+    if present.has(Present::CONTENT_LENGTH) {
+        content_length(&mut head.headers)?;
+    }
+    let upgrade = present.has(Present::UPGRADE) && upgrade(head)?;
+    let trailers = present.has(Present::TE) && te(&mut head.headers);
+    hop_by_hop(&mut head.headers, present);
     if upgrade {
         head.headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
         head.headers.insert(header::UPGRADE, HeaderValue::from_static("websocket"));
     }
     if rules.direction == Direction::Inbound {
-        inbound(&mut head.headers, rules);
+        inbound(&mut head.headers, rules, present);
     }
     let path = canonical_path(head, rules.path_rules)?;
     Ok(Canonical { path, is_grpc: is_grpc(head), upgrade, trailers })
+}
+
+/// Which headers that rules are about a message came with: one pass over its names tells which rules need not look.
+#[derive(Debug, Clone, Copy)]
+struct Present(u16);
+
+impl Present {
+    const CONNECTION: u16 = 1;
+    const UPGRADE: u16 = 1 << 1;
+    const TE: u16 = 1 << 2;
+    const TRANSFER_ENCODING: u16 = 1 << 3;
+    const CONTENT_LENGTH: u16 = 1 << 4;
+    /// One of [`HOP`]
+    const HOP: u16 = 1 << 5;
+    /// One of the mesh's own
+    const OURS: u16 = 1 << 6;
+    /// What says who called whom, and on whose behalf
+    const ORIGIN: u16 = 1 << 7;
+
+    fn of(headers: &HeaderMap) -> Self {
+        let bit = |name: &HeaderName| match name.as_str() {
+            "connection" => Self::CONNECTION,
+            "upgrade" => Self::UPGRADE,
+            "te" => Self::TE,
+            "transfer-encoding" => Self::TRANSFER_ENCODING,
+            "content-length" => Self::CONTENT_LENGTH,
+            "keep-alive" | "proxy-connection" | "http2-settings" => Self::HOP,
+            "forwarded" | "l5d-client-id" => Self::ORIGIN,
+            name if name.starts_with(OURS) => Self::OURS,
+            name if name.starts_with(FORWARDED) => Self::ORIGIN,
+            _ => 0,
+        };
+        Self(headers.keys().fold(0, |bits, name| bits | bit(name)))
+    }
+
+    fn has(self, any: u16) -> bool {
+        self.0 & any != 0
+    }
 }
 
 /// Normalises a request head again, of which filters changed method, path or authority. Headers are left alone: what the first
@@ -150,13 +193,16 @@ fn canonical_path(head: &mut request::Parts, path_rules: bool) -> Result<Option<
 /// # Errors
 /// [`Reason::UpstreamProtocol`] for a transfer coding other than `chunked`.
 pub fn response(head: &mut response::Parts, direction: Direction, from_mesh_peer: bool) -> Result<(), Reason> {
-    transfer_encoding(head.version, &mut head.headers).map_err(|()| Reason::UpstreamProtocol)?;
-    hop_by_hop(&mut head.headers);
+    let present = Present::of(&head.headers);
+    if present.has(Present::TRANSFER_ENCODING) {
+        transfer_encoding(head.version, &mut head.headers).map_err(|()| Reason::UpstreamProtocol)?;
+    }
+    hop_by_hop(&mut head.headers, present);
     if head.status == StatusCode::SWITCHING_PROTOCOLS {
         head.headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
         head.headers.insert(header::UPGRADE, HeaderValue::from_static("websocket"));
     }
-    if direction == Direction::Inbound || !from_mesh_peer {
+    if present.has(Present::OURS) && (direction == Direction::Inbound || !from_mesh_peer) {
         remove_where(&mut head.headers, |name| name.starts_with(OURS));
     }
     Ok(())
@@ -164,6 +210,8 @@ pub fn response(head: &mut response::Parts, direction: Direction, from_mesh_peer
 
 /// The prefix of headers that only the mesh writes.
 const OURS: &str = "x-outrigger-";
+/// The prefix of what proxies say of where a request came from; [`XFCC`] begins with it too.
+const FORWARDED: &str = "x-forwarded-";
 
 /// The value of `x-forwarded-client-cert` for a verified peer; made once per connection.
 pub fn xfcc(own: &SpiffeId, peer: &SpiffeId) -> HeaderValue {
@@ -271,8 +319,8 @@ fn te(headers: &mut HeaderMap) -> bool {
     trailers
 }
 
-fn hop_by_hop(headers: &mut HeaderMap) {
-    if headers.contains_key(header::CONNECTION) {
+fn hop_by_hop(headers: &mut HeaderMap, present: Present) {
+    if present.has(Present::CONNECTION) {
         let named = |token: &str| match token {
             // The two that nearly every Connection header says.
             "keep-alive" | "close" => None,
@@ -284,9 +332,13 @@ fn hop_by_hop(headers: &mut HeaderMap) {
         }
         headers.remove(header::CONNECTION);
     }
-    headers.remove(header::UPGRADE);
-    for name in &HOP {
-        headers.remove(name);
+    if present.has(Present::UPGRADE) {
+        headers.remove(header::UPGRADE);
+    }
+    if present.has(Present::HOP) {
+        for name in &HOP {
+            headers.remove(name);
+        }
     }
 }
 
@@ -296,14 +348,16 @@ fn tokens<'a>(headers: &'a HeaderMap, name: &HeaderName) -> impl Iterator<Item =
     values.flat_map(|value| value.split(',')).map(str::trim).filter(|token| !token.is_empty())
 }
 
-fn inbound(headers: &mut HeaderMap, rules: &Rules<'_>) {
-    let trusted = rules.peer.is_some_and(|peer| rules.forwarders.contains(peer));
-    remove_where(headers, |name| {
-        name.starts_with(OURS)
-            || name == XFCC.as_str()
-            || name == "l5d-client-id"
-            || (!trusted && (name == "forwarded" || name.starts_with("x-forwarded-")))
-    });
+fn inbound(headers: &mut HeaderMap, rules: &Rules<'_>, present: Present) {
+    if present.has(Present::OURS | Present::ORIGIN) {
+        let trusted = rules.peer.is_some_and(|peer| rules.forwarders.contains(peer));
+        remove_where(headers, |name| {
+            name.starts_with(OURS)
+                || name == XFCC.as_str()
+                || name == "l5d-client-id"
+                || (!trusted && (name == "forwarded" || name.starts_with(FORWARDED)))
+        });
+    }
     if let (Some(_), Some(xfcc)) = (rules.peer, rules.xfcc) {
         headers.insert(XFCC, xfcc.clone());
     }
@@ -329,9 +383,12 @@ fn set_path(uri: &mut Uri, mut path: String) -> Result<(), Reason> {
 
 /// `application/grpc`, `application/grpc+proto`, `application/grpc; …`; gRPC-Web is not gRPC.
 fn is_grpc(head: &request::Parts) -> bool {
+    if head.method != Method::POST {
+        return false;
+    }
     let kind =
         head.headers.get(header::CONTENT_TYPE).and_then(|value| value.as_bytes().strip_prefix(b"application/grpc"));
-    head.method == Method::POST && kind.is_some_and(|rest| matches!(rest.first(), None | Some(b'+' | b';')))
+    kind.is_some_and(|rest| matches!(rest.first(), None | Some(b'+' | b';')))
 }
 
 #[cfg(test)]

@@ -442,7 +442,7 @@ impl Engine {
             mesh: self.mesh.clone(),
             inbound: self.inbound.clone(),
             filters: self.filters.clone(),
-            targets: HashMap::with_capacity(self.wanted.len()),
+            targets: HashMap::with_capacity_and_hasher(self.wanted.len(), Default::default()),
         };
         for (key, want) in &self.wanted {
             if let Some(found) = self.target(key) {

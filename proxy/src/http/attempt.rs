@@ -17,7 +17,7 @@ use outrigger_core::route;
 use super::exchange::{Answer, Exchange, Failure};
 use super::request::{self as outgoing, Outgoing};
 use super::respond;
-use crate::metrics::Metric;
+use crate::metrics::{Known, Metric};
 use crate::state::WorkerLoad;
 use crate::tls::Peer;
 use crate::upstream::{Cluster, ConnectError, Lease, Received, Security, SendError, Target, Wire, WireError};
@@ -137,7 +137,7 @@ impl Attempt {
             Outcome::Neutral if self.outcome == Outcome::Neutral => "refused",
             Outcome::Neutral => "cancelled",
         };
-        chosen.worker.metrics.add(Metric::Attempts, &[&chosen.call.service, word], 1);
+        chosen.worker.metrics.add_known(Metric::Attempts, [Known::Shared(&chosen.call.service), Known::Word(word)], 1);
     }
 }
 
@@ -352,8 +352,8 @@ impl Run {
         }
     }
 
-    fn count(&self, outcome: &str) {
-        self.worker.metrics.add(Metric::Attempts, &[&self.call.service, outcome], 1);
+    fn count(&self, outcome: &'static str) {
+        self.worker.metrics.add_known(Metric::Attempts, [Known::Shared(&self.call.service), Known::Word(outcome)], 1);
     }
 }
 

@@ -20,7 +20,7 @@ use super::{
 };
 use crate::filter::{Chain, StreamInfo};
 use crate::log::Entry;
-use crate::metrics::Metric;
+use crate::metrics::{Known, Metric};
 use crate::snapshot::Snapshot;
 use crate::state::Busy;
 use crate::upstream::Received;
@@ -438,24 +438,22 @@ impl Drop for Exchange {
         if let Some(chain) = self.chain.take() {
             chain.done();
         }
-        let worker = &self.connection.worker;
-        let way = self.connection.way().name();
+        let metrics = &self.connection.worker.metrics;
         let reason = self.reason.unwrap_or_default();
+        let way = Known::Word(self.connection.way().name());
+        let (service, version) = (Known::Shared(&self.service), Known::Shared(&self.endpoint_version));
         // Without a status the client went away first.
-        let (code, status) = self.status.as_ref().map_or(("0", 0), |status| (status.as_str(), status.as_u16()));
-        worker.metrics.add(Metric::Requests, &[way, &self.service, &self.endpoint_version, code, reason], 1);
+        let labels = [way, service, version, Known::Status(self.status), Known::Word(reason)];
+        metrics.add_known(Metric::Requests, labels, 1);
         if self.connection.way() == Way::Inbound {
             let peer = self.connection.peer().map_or("none", |peer| peer.as_str());
-            worker.metrics.add(Metric::PeerRequests, &[peer], 1);
+            metrics.add(Metric::PeerRequests, &[peer], 1);
         }
         // An upgraded connection's life is no latency.
         if self.status != Some(StatusCode::SWITCHING_PROTOCOLS) {
-            worker.metrics.record(
-                Metric::Duration,
-                &[way, &self.service, &self.endpoint_version],
-                self.start.elapsed(),
-            );
+            metrics.record_known(Metric::Duration, [way, service, version], self.start.elapsed());
         }
+        let status = self.status.map_or(0, |status| status.as_u16());
         self.write_log(status, reason);
     }
 }

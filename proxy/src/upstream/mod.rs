@@ -24,7 +24,7 @@ use outrigger_core::retry::RetryBudget;
 /// Runtime state of every cluster, by backend key: it survives every swap of configuration.
 #[derive(Debug, Default)]
 pub struct Clusters {
-    by_key: ArcSwap<HashMap<Arc<str>, Arc<Cluster>>>,
+    by_key: ArcSwap<HashMap<Arc<str>, Arc<Cluster>, foldhash::quality::RandomState>>,
     /// Held by whoever changes the set.
     changing: Mutex<()>,
 }

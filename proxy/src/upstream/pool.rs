@@ -35,11 +35,13 @@ const SWEEP: Duration = Duration::from_secs(5);
 /// All pools of one worker. Clones are handles.
 #[derive(Debug, Clone)]
 pub struct Pools {
-    by_target: Rc<RefCell<HashMap<PoolKey, Rc<Pool>>>>,
+    by_target: Rc<RefCell<ByTarget>>,
     proxy: Arc<Proxy>,
     metrics: Local,
     sweeping: Rc<Cell<bool>>,
 }
+
+type ByTarget = HashMap<PoolKey, Rc<Pool>, foldhash::fast::RandomState>;
 
 /// An endpoint by its place in memory (its pool keeps it there), or an address that is none.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -154,7 +156,7 @@ impl Pools {
 }
 
 /// Closes connections that were idle too long at `now`, and forgets pools that have none.
-fn sweep(pools: &mut HashMap<PoolKey, Rc<Pool>>, now: Instant) {
+fn sweep(pools: &mut ByTarget, now: Instant) {
     pools.retain(|_, pool| {
         let old = |since: Instant| now.saturating_duration_since(since) >= pool.timeout.get();
         pool.idle.borrow_mut().retain(|idle| !idle.sender.is_closed() && !old(idle.since));

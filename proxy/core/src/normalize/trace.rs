@@ -33,24 +33,30 @@ pub struct Hop {
 /// Continues the trace that the headers name, or begins one, and puts this hop's span into them. Of new traces
 /// `sampling_ppm` in a million are sampled.
 pub fn propagate(headers: &mut HeaderMap, rng: &mut Rng, sampling_ppm: u32) -> Hop {
-    // Two traceparent headers name no trace (3.2).
-    let mut given = headers.get_all(TRACEPARENT).iter();
-    let parent = match (given.next(), given.next()) {
-        (Some(one), None) => parse(one.as_bytes()),
-        _ => None,
+    let begun = |rng: &mut Rng| {
+        let (span, trace) = (rng.u64(1..), rng.u128(1..));
+        Context { trace, span, sampled: rng.u32(..1_000_000) < sampling_ppm }
     };
-    let span = rng.u64(1..);
-    let context = match parent {
-        Some(parent) => Context { span, ..parent },
-        None => {
-            headers.remove(TRACESTATE);
-            Context { trace: rng.u128(1..), span, sampled: rng.u32(..1_000_000) < sampling_ppm }
+    let (context, parent) = match headers.entry(TRACEPARENT) {
+        Entry::Occupied(mut entry) => {
+            // Two traceparent headers name no trace (3.2).
+            let single = entry.iter().nth(1).is_none();
+            let parent = if single { parse(entry.get().as_bytes()) } else { None };
+            let context = match parent {
+                Some(parent) => Context { span: rng.u64(1..), ..parent },
+                None => begun(rng),
+            };
+            entry.insert(write(&context));
+            (context, parent)
+        }
+        Entry::Vacant(entry) => {
+            let context = begun(rng);
+            entry.insert(write(&context));
+            (context, None)
         }
     };
-    let value = write(&context);
-    match headers.entry(TRACEPARENT) {
-        Entry::Occupied(mut entry) => drop(entry.insert(value)),
-        Entry::Vacant(entry) => drop(entry.insert(value)),
+    if parent.is_none() {
+        headers.remove(TRACESTATE);
     }
     Hop { context, parent: parent.map(|parent| parent.span) }
 }
@@ -80,8 +86,8 @@ fn hex(bytes: &[u8]) -> Option<u128> {
 
 fn write(context: &Context) -> HeaderValue {
     let mut text = *b"00-00000000000000000000000000000000-0000000000000000-00";
-    put(&mut text[3..35], context.trace);
-    put(&mut text[36..52], context.span.into());
+    put(&mut text[3..35], &context.trace.to_be_bytes());
+    put(&mut text[36..52], &context.span.to_be_bytes());
     text[54] += u8::from(context.sampled);
     // Hexadecimal digits and dashes are always a header value.
     let mut value = HeaderValue::from_bytes(&text).unwrap_or(HeaderValue::from_static("00-0-0-00"));
@@ -90,11 +96,11 @@ fn write(context: &Context) -> HeaderValue {
     value
 }
 
-/// Lower case digits, from the right.
-fn put(digits: &mut [u8], mut number: u128) {
-    for digit in digits.iter_mut().rev() {
-        *digit = b"0123456789abcdef"[(number & 15) as usize];
-        number >>= 4;
+/// Lower case digits.
+fn put(digits: &mut [u8], bytes: &[u8]) {
+    const DIGITS: &[u8; 16] = b"0123456789abcdef";
+    for (two, byte) in digits.as_chunks_mut::<2>().0.iter_mut().zip(bytes) {
+        *two = [DIGITS[usize::from(byte >> 4)], DIGITS[usize::from(byte & 15)]];
     }
 }
 
