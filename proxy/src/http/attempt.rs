@@ -96,28 +96,28 @@ impl Attempt {
         route::modify_response(&chosen.call.rule.filters, head);
     }
 
-    /// The response's body ended well.
-    pub(super) fn succeeded(mut self, trailers: Option<&HeaderMap>) {
+    /// The response's body ended well, at `now`.
+    pub(super) fn succeeded(mut self, trailers: Option<&HeaderMap>, now: Instant) {
         let unavailable = trailers.and_then(respond::grpc_status).is_some_and(grpc_failure);
-        self.report(if unavailable { Outcome::Failure } else { self.outcome });
+        self.report(if unavailable { Outcome::Failure } else { self.outcome }, now);
         if let Some(lease) = self.lease.take() {
-            lease.give_back();
+            lease.give_back(now);
         }
     }
 
     /// The endpoint broke the response off.
     pub(super) fn failed(self) {
-        self.report(Outcome::Failure);
+        self.report(Outcome::Failure, Instant::now());
     }
 
     /// The client went away before the end: that says nothing about the endpoint.
     pub(super) fn cancelled(self) {
-        self.report(Outcome::Neutral);
+        self.report(Outcome::Neutral, Instant::now());
     }
 
     /// An upgrade: the endpoint answered, which is all that counts of it.
     pub(super) fn connected(&mut self) {
-        self.report(Outcome::Success);
+        self.report(Outcome::Success, Instant::now());
         if let Some(chosen) = &mut self.chosen {
             chosen.guard.settled();
         }
@@ -128,9 +128,9 @@ impl Attempt {
         self.lease.as_ref()?.peer()
     }
 
-    fn report(&self, outcome: Outcome) {
+    fn report(&self, outcome: Outcome, now: Instant) {
         let Some(chosen) = &self.chosen else { return };
-        chosen.call.record(&chosen.worker.load, &chosen.guard, outcome, Instant::now());
+        chosen.call.record(&chosen.worker.load, &chosen.guard, outcome, now);
         let word = match outcome {
             Outcome::Success => "success",
             Outcome::Failure => "failure",

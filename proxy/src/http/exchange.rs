@@ -2,7 +2,7 @@
 
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use ::http::header::HOST;
 use ::http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, Uri, Version, request};
@@ -31,6 +31,8 @@ use crate::upstream::Received;
 pub(super) struct Exchange {
     pub(super) connection: Rc<Connection>,
     pub(super) start: Instant,
+    /// When the response's body ended; `None`: it has not, or nobody saw it
+    end: Option<Instant>,
     pub(super) method: Method,
     uri: Uri,
     host: Option<HeaderValue>,
@@ -181,6 +183,7 @@ impl Exchange {
         let labels = &connection.worker.labels;
         Self {
             start: Instant::now(),
+            end: None,
             method: head.method.clone(),
             uri: head.uri.clone(),
             host: head.headers.get(HOST).cloned(),
@@ -396,6 +399,11 @@ impl Exchange {
         }
     }
 
+    /// Until the end of the response's body, or until now.
+    fn duration(&self) -> Duration {
+        self.end.unwrap_or_else(Instant::now).saturating_duration_since(self.start)
+    }
+
     fn write_log(&self, status: u16, reason: &str) {
         let wanted = match self.access_log {
             AccessLog::Off => false,
@@ -422,7 +430,7 @@ impl Exchange {
             peer: connection.peer().map_or("", |peer| peer.as_str()),
             route: &self.route,
             attempts: self.attempts,
-            duration: self.start.elapsed(),
+            duration: self.duration(),
             sent: self.sent,
             received: self.received,
             trace: self.trace,
@@ -451,7 +459,7 @@ impl Drop for Exchange {
         }
         // An upgraded connection's life is no latency.
         if self.status != Some(StatusCode::SWITCHING_PROTOCOLS) {
-            metrics.record_known(Metric::Duration, [way, service, version], self.start.elapsed());
+            metrics.record_known(Metric::Duration, [way, service, version], self.duration());
         }
         let status = self.status.map_or(0, |status| status.as_u16());
         self.write_log(status, reason);
@@ -478,8 +486,10 @@ impl Tail for ExchangeTail {
 
     fn end(&mut self, trailers: Option<&HeaderMap>) {
         self.ended = true;
+        let now = Instant::now();
+        self.exchange.end = Some(now);
         if let Some(attempt) = self.attempt.take() {
-            attempt.succeeded(trailers);
+            attempt.succeeded(trailers, now);
         }
     }
 

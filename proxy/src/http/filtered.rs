@@ -322,7 +322,7 @@ impl Exchange {
         }
         if end || bodiless {
             if let Some(attempt) = attempt {
-                attempt.succeeded(None);
+                attempt.succeeded(None, Instant::now());
             }
             return Ok(response.map(|()| ResponseBody::full(Bytes::new()).holding(running)));
         }

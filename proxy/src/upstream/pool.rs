@@ -70,6 +70,8 @@ struct Pool {
     /// Something was given back, closed, or finished connecting.
     changed: Notify,
     used: Cell<Option<Instant>>,
+    /// Used since it was last looked at: a request reads no clock for that.
+    touched: Cell<bool>,
     /// Rises when the peer's certificate or its root is no longer good: what is older is not used again.
     generation: Cell<u64>,
     /// How long a connection is kept without a request.
@@ -115,7 +117,7 @@ impl Pools {
     /// Why none could be had.
     pub async fn checkout(&self, target: &Target) -> Result<Lease, ConnectError> {
         let pool = self.pool(target);
-        pool.used.set(Some(Instant::now()));
+        pool.touched.set(true);
         match target.wire {
             Wire::Http2 => checkout_http2(pool, target, self).await,
             Wire::Http1 | Wire::Tcp => checkout_http1(pool, target, self).await,
@@ -158,6 +160,9 @@ impl Pools {
 /// Closes connections that were idle too long at `now`, and forgets pools that have none.
 fn sweep(pools: &mut ByTarget, now: Instant) {
     pools.retain(|_, pool| {
+        if pool.touched.replace(false) {
+            pool.used.set(Some(now));
+        }
         let old = |since: Instant| now.saturating_duration_since(since) >= pool.timeout.get();
         pool.idle.borrow_mut().retain(|idle| !idle.sender.is_closed() && !old(idle.since));
         let in_use = |shared: &Rc<SharedConnection>| shared.streams.get() > 0 || !old(shared.since.get());
@@ -198,7 +203,7 @@ impl Pool {
         self.shared.borrow_mut().clear();
     }
 
-    fn give_back(&self, sender: http1::SendRequest<RequestBody>, link: &Rc<Link>, generation: u64) {
+    fn give_back(&self, sender: http1::SendRequest<RequestBody>, link: &Rc<Link>, generation: u64, now: Instant) {
         if generation != self.generation.get() {
             return;
         }
@@ -206,7 +211,7 @@ impl Pool {
         let wanted = self.cluster.as_ref().is_some_and(|cluster| cluster.breaker.is_wanted());
         let mut idle = self.idle.borrow_mut();
         if idle.len() < MAX_IDLE && (idle.is_empty() || !wanted) {
-            idle.push(Idle { sender, link: Rc::downgrade(link), since: Instant::now() });
+            idle.push(Idle { sender, link: Rc::downgrade(link), since: now });
         }
         drop(idle);
         self.changed.notify_one();
@@ -384,19 +389,19 @@ impl Lease {
         }
     }
 
-    /// The response's body has ended: the connection may serve another request.
-    pub fn give_back(self) {
+    /// The response's body has ended at `now`: the connection may serve another request.
+    pub fn give_back(self, now: Instant) {
         let Kind::Http1(Alone { mut sender, link, pool, generation }) = self.kind else { return };
         if sender.is_closed() {
             return;
         }
         if sender.is_ready() {
-            return pool.give_back(sender, &link, generation);
+            return pool.give_back(sender, &link, generation, now);
         }
         // The request's body may still be on its way up.
         tokio::task::spawn_local(async move {
             if sender.ready().await.is_ok() {
-                pool.give_back(sender, &link, generation);
+                pool.give_back(sender, &link, generation, Instant::now());
             }
         });
     }
