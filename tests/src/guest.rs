@@ -8,11 +8,15 @@ use std::process::Command;
 
 use sha2::{Digest, Sha256};
 
+/// Where things are built that several checkouts share.
+pub(crate) fn cache() -> PathBuf {
+    let cache = env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
+    cache.or_else(|| Some(PathBuf::from(env::var_os("HOME")?).join(".cache"))).expect("HOME").join("outrigger")
+}
+
 /// The compiled example filter `filters/NAME`, built if it is not there yet.
 pub fn example_filter(name: &str) -> PathBuf {
-    let cache = env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
-    let cache = cache.or_else(|| Some(PathBuf::from(env::var_os("HOME")?).join(".cache"))).expect("HOME");
-    let file = cache.join("outrigger/filters").join(format!("{}.wasm", name.replace('-', "_")));
+    let file = cache().join("filters").join(format!("{}.wasm", name.replace('-', "_")));
     if !file.exists() {
         let build = concat!(env!("CARGO_MANIFEST_DIR"), "/../filters/build.sh");
         let built = Command::new(build).output().expect("run filters/build.sh");

@@ -10,6 +10,7 @@ mod address;
 mod backend;
 mod binaries;
 mod certificates;
+pub mod conformance;
 mod curl;
 mod guest;
 mod local;

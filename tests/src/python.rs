@@ -5,7 +5,7 @@ use std::process::Command;
 
 /// A command that runs `tests/python/<script>`.
 pub fn python(script: &str) -> Command {
-    let venv = std::env::var_os("OUTRIGGER_VENV").map_or_else(default_venv, PathBuf::from);
+    let venv = environment();
     let python = venv.join("bin/python");
     assert!(python.exists(), "{} is missing: run scripts/setup.sh", python.display());
     let mut command = Command::new(python);
@@ -13,6 +13,11 @@ pub fn python(script: &str) -> Command {
         .arg(concat!(env!("CARGO_MANIFEST_DIR"), "/python/").to_owned() + script)
         .env("PYTHONDONTWRITEBYTECODE", "1");
     command
+}
+
+/// The Python environment of the tests.
+pub(crate) fn environment() -> PathBuf {
+    std::env::var_os("OUTRIGGER_VENV").map_or_else(default_venv, PathBuf::from)
 }
 
 /// Where `scripts/setup.sh` makes it.

@@ -4,6 +4,7 @@
 //! Callbacks are synchronous and never block; waiting is a pause and a resume. See "Filters" in `docs/architecture.md`.
 
 mod buffer;
+pub mod cases;
 mod chain;
 mod info;
 mod local;

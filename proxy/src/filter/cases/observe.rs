@@ -1,0 +1,241 @@
+//! What was seen of a case, and how it differs from what the case expects.
+
+use std::collections::BTreeMap;
+
+use super::model::{Expect, ExpectRequest, ExpectResponse, ExpectUpstream, Start};
+
+/// Name in lower case and value, in order.
+pub type Headers = Vec<(String, String)>;
+
+/// A response as the client received it.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct SeenResponse {
+    /// HTTP status; 0: none came
+    pub status: u16,
+    /// Headers
+    pub headers: Headers,
+    /// Without its framing
+    pub body: Vec<u8>,
+    /// Trailers
+    pub trailers: Headers,
+    /// It ended before it was complete
+    pub reset: bool,
+}
+
+/// A request as a server received it.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct SeenRequest {
+    /// Which server
+    pub server: Option<String>,
+    /// Method
+    pub method: String,
+    /// Path and query
+    pub path: String,
+    /// `Host`
+    pub authority: String,
+    /// Headers
+    pub headers: Headers,
+    /// Without its framing
+    pub body: Vec<u8>,
+    /// Trailers
+    pub trailers: Headers,
+}
+
+/// What was seen of one step.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Seen {
+    /// What the client got, if the step has a request
+    pub response: Option<SeenResponse>,
+    /// What the application got
+    pub upstream: Vec<SeenRequest>,
+    /// What called services got
+    pub called: Vec<SeenRequest>,
+    /// Lines of the filters, `level text`
+    pub log: Vec<String>,
+    /// By the name the filters gave
+    pub metrics: BTreeMap<String, i64>,
+}
+
+/// The differences, one line each: `what: expected → seen`.
+pub type Differences = Vec<String>;
+
+fn quote(text: &str) -> String {
+    const MOST: usize = 200;
+    if text.len() <= MOST {
+        return format!("{text:?}");
+    }
+    let cut = (0..=MOST).rev().find(|at| text.is_char_boundary(*at)).unwrap_or_default();
+    format!("{:?}… ({} bytes)", text.get(..cut).unwrap_or_default(), text.len())
+}
+
+/// Compares one step.
+pub fn compare(expect: &Expect, seen: &Seen) -> Differences {
+    let mut out = Differences::new();
+    if let Some(expected) = &expect.response {
+        match &seen.response {
+            Some(seen) => response(expected, seen, &mut out),
+            None => out.push("response: expected one → none".into()),
+        }
+    }
+    match &expect.upstream {
+        None => {}
+        Some(ExpectUpstream::Came(came)) => {
+            if *came == seen.upstream.is_empty() {
+                out.push(format!("upstream: {} → {}", requests(usize::from(*came)), requests(seen.upstream.len())));
+            }
+        }
+        Some(ExpectUpstream::Request(expected)) => match seen.upstream.as_slice() {
+            [one] => request("upstream", expected, one, &mut out),
+            other => out.push(format!("upstream: {} → {}", requests(1), requests(other.len()))),
+        },
+    }
+    if let Some(expected) = &expect.called {
+        if expected.len() == seen.called.len() {
+            for (expected, seen) in expected.iter().zip(&seen.called) {
+                request("called", expected, seen, &mut out);
+            }
+        } else {
+            out.push(format!("called: {} → {}", requests(expected.len()), requests(seen.called.len())));
+        }
+    }
+    let seen_log = if expect.more_log { seen.log.get(..expect.log.len()).unwrap_or(&seen.log) } else { &seen.log };
+    log(&expect.log, seen_log, &mut out);
+    if let Some(most) = expect.most_log.filter(|most| *most < seen.log.len()) {
+        out.push(format!("log: at most {most} lines → more"));
+    }
+    for (name, expected) in &expect.metrics {
+        let value = seen.metrics.get(name);
+        if value != Some(expected) {
+            out.push(format!("metric {name}: {expected} → {}", value.map_or("none".into(), i64::to_string)));
+        }
+    }
+    out
+}
+
+fn requests(count: usize) -> String {
+    match count {
+        0 => "no request".into(),
+        1 => "one request".into(),
+        more => format!("{more} requests"),
+    }
+}
+
+/// Compares a refusal: `None` is none. `words`: the message is this host's own.
+pub fn compare_refusal(expected: &[String], refusal: Option<&str>, words: bool, out: &mut Differences) {
+    match (expected.is_empty(), refusal) {
+        (true, Some(message)) => out.push(format!("start: accepted → refused: {}", quote(message))),
+        (false, None) => out.push("start: refused → accepted".into()),
+        (false, Some(message)) if words => {
+            for part in expected.iter().filter(|part| !message.contains(part.as_str())) {
+                out.push(format!("start: refused with {part:?} → {}", quote(message)));
+            }
+        }
+        (true, None) | (false, Some(_)) => {}
+    }
+}
+
+/// Compares the start: `refusal` is the message with which the configuration was refused, `log` the lines before any exchange.
+pub fn compare_start(start: &Start, refusal: Option<&str>, lines: &[String], words: bool) -> Differences {
+    let mut out = Differences::new();
+    compare_refusal(&start.refused, refusal, words, &mut out);
+    if refusal.is_some() {
+        return out;
+    }
+    // A throw-away instance and one per worker say the same.
+    let mut once: Vec<String> = Vec::new();
+    for line in lines {
+        if !once.contains(line) {
+            once.push(line.clone());
+        }
+    }
+    log(&start.log, &once, &mut out);
+    out
+}
+
+fn log(expected: &[String], seen: &[String], out: &mut Differences) {
+    for index in 0..expected.len().max(seen.len()) {
+        let (expected, seen) = (expected.get(index), seen.get(index));
+        if !same_line(expected, seen) {
+            let text = |line: Option<&String>| line.map_or("nothing".to_owned(), |line| quote(line));
+            out.push(format!("log {}: {} → {}", index + 1, text(expected), text(seen)));
+        }
+    }
+}
+
+/// `…` in what is expected stands for any text.
+fn same_line(expected: Option<&String>, seen: Option<&String>) -> bool {
+    match (expected, seen) {
+        (Some(expected), Some(seen)) => match expected.split_once('…') {
+            Some((begin, end)) => seen.strip_prefix(begin).is_some_and(|rest| rest.ends_with(end)),
+            None => expected == seen,
+        },
+        (expected, seen) => expected == seen,
+    }
+}
+
+fn text_of(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+fn same<T: PartialEq + std::fmt::Display>(what: &str, expected: Option<&T>, seen: &T, out: &mut Differences) {
+    if let Some(expected) = expected
+        && expected != seen
+    {
+        out.push(format!("{what}: {expected} → {seen}"));
+    }
+}
+
+fn response(expected: &ExpectResponse, seen: &SeenResponse, out: &mut Differences) {
+    if expected.reset != seen.reset {
+        let text = |reset| if reset { "reset" } else { "complete" };
+        out.push(format!("response: {} → {}", text(expected.reset), text(seen.reset)));
+    }
+    same("status", expected.status.as_ref(), &seen.status, out);
+    headers("response header", &expected.headers, &seen.headers, out);
+    body("response body", expected.body.as_ref(), &seen.body, out);
+    headers("response trailer", &expected.trailers, &seen.trailers, out);
+}
+
+fn request(what: &str, expected: &ExpectRequest, seen: &SeenRequest, out: &mut Differences) {
+    if let Some(server) = &seen.server {
+        same(&format!("{what} server"), expected.server.as_ref(), server, out);
+    }
+    same(&format!("{what} method"), expected.method.as_ref(), &seen.method, out);
+    same(&format!("{what} path"), expected.path.as_ref(), &seen.path, out);
+    same(&format!("{what} authority"), expected.authority.as_ref(), &seen.authority, out);
+    headers(&format!("{what} header"), &expected.headers, &seen.headers, out);
+    body(&format!("{what} body"), expected.body.as_ref(), &seen.body, out);
+    headers(&format!("{what} trailer"), &expected.trailers, &seen.trailers, out);
+}
+
+fn body(what: &str, expected: Option<&super::model::Chunk>, seen: &[u8], out: &mut Differences) {
+    if let Some(expected) = expected.map(super::model::Chunk::text)
+        && expected.as_bytes() != seen
+    {
+        out.push(format!("{what}: {} → {}", quote(&expected), quote(&text_of(seen))));
+    }
+}
+
+/// Splits `name: value`. A line without a colon (a pseudo header's own aside) is a name that must be absent.
+pub fn pair(line: &str) -> (&str, Option<&str>) {
+    match line.split_once(':') {
+        Some((name, value)) => (name.trim(), Some(value.trim())),
+        None => (line.trim(), None),
+    }
+}
+
+fn headers(what: &str, expected: &[String], seen: &Headers, out: &mut Differences) {
+    let mut wanted: Vec<(&str, Vec<&str>)> = Vec::new();
+    for (name, value) in expected.iter().map(|line| pair(line)) {
+        match wanted.iter_mut().find(|(of, _)| *of == name) {
+            Some((_, values)) => values.extend(value),
+            None => wanted.push((name, value.into_iter().collect())),
+        }
+    }
+    for (name, values) in wanted {
+        let have: Vec<&str> = seen.iter().filter(|(of, _)| of == name).map(|(_, value)| value.as_str()).collect();
+        if have != values {
+            out.push(format!("{what} {name}: {values:?} → {have:?}"));
+        }
+    }
+}

@@ -1,0 +1,1 @@
+(import "env" "proxy_does_not_exist" (func (param i32) (result i32)))

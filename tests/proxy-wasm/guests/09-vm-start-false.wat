@@ -1,0 +1,1 @@
+(on vm_start #0)

@@ -1,0 +1,1 @@
+(on configure #0)

@@ -1,0 +1,13 @@
+;; abi 0_1_0
+(on vm_start (call $show @vm@ (call $get_configuration OUT)) #1)
+(on configure (call $show @plugin@ (call $get_configuration OUT)) #1)
+(func (export "proxy_on_request_headers") (param $id i32) (param $n i32) (result i32)
+  (call $show @missing@ (call $get_header_map_value #0 @x-missing@ OUT))
+  (call $show @present@ (call $get_header_map_value #0 @x-foo@ OUT))
+  (call $say @add@ (call $add_header_map_value #0 @x-old@ @yes@))
+  (call $say @continue@ (call $continue_request))
+  #0)
+(func (export "proxy_on_response_headers") (param $id i32) (param $n i32) (result i32)
+  (call $say @continue@ (call $continue_response))
+  (call $say @add@ (call $add_header_map_value #2 @x-old@ @yes@))
+  #0)

@@ -1,0 +1,13 @@
+(on request_headers
+  (call $say @key outside@ (call $get_header_map_value #0 #-8 #100 OUT))
+  (call $say @key wraps@ (call $get_header_map_value #0 #16 #-1 OUT))
+  (call $say @result outside@ (call $get_header_map_value #0 @x-foo@ #-2 #4))
+  (call $say @size outside@ (call $get_header_map_value #0 @x-foo@ #0 #0x400000))
+  (call $say @log outside@ (call $proxy_log #2 #0x3fffff #2))
+  (call $say @log level@ (call $proxy_log #6 @never@))
+  (call $say @time outside@ (call $get_current_time_nanoseconds #0x3ffffc))
+  (call $say @unaligned@ (call $get_header_map_value #0 @x-foo@ #33 #37))
+  (call $num @unaligned size@ (i32.load #37))
+  (call $say @pairs outside@ (call $set_header_map_pairs #0 #0x3fffff #100))
+  (call $say @property outside@ (call $get_property #0x3fffff #100 OUT))
+  #0)

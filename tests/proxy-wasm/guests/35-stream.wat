@@ -1,0 +1,7 @@
+(func $rewrite (param $buffer i32) (param $n i32)
+  (i32.store8 #64 #60)
+  (i32.store8 #65 (i32.add #48 (local.get $n)))
+  (i32.store8 #66 #62)
+  (call $say @set@ (call $set (local.get $buffer) #0 (local.get $n) #64 #3)))
+(on request_body (call $rewrite #0 (local.get $n)) #0)
+(on response_body (call $rewrite #1 (local.get $n)) #0)

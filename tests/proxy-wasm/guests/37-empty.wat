@@ -1,0 +1,8 @@
+(on request_body
+  (if (i32.eqz (local.get $eos)) (then (return #1)))
+  (call $say @set@ (call $set #0 #0 (local.get $n) #0 #0))
+  #0)
+(on response_body
+  (if (i32.eqz (local.get $eos)) (then (return #1)))
+  (call $say @set@ (call $set #1 #0 (local.get $n) #0 #0))
+  #0)

@@ -1,0 +1,3 @@
+(on response_body
+  (call $say @reply@ (call $reply #418 @local@))
+  #0)

@@ -1,0 +1,5 @@
+(on request_headers (call $say @first@ (call $reply #403 @no@)) #1)
+(on response_headers (call $log @first response@) (drop (call $add_header_map_value #2 @x-first@ @1@)) #0)
+(on log (call $log @first log@))
+(on done (call $log @first done@) #1)
+(on delete (call $log @first delete@))

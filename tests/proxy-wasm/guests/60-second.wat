@@ -1,0 +1,5 @@
+(on request_headers (call $log @second@) #0)
+(on response_headers (call $log @second response@) #0)
+(on log (call $log @second log@))
+(on done (call $log @second done@) #1)
+(on delete (call $log @second delete@))

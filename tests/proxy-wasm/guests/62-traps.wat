@@ -1,0 +1,10 @@
+(import "wasi_snapshot_preview1" "proc_exit" (func $exit (param i32)))
+(func $deep (param i32) (result i32) (i32.add #1 (call $deep (i32.add (local.get 0) #1))))
+(on request_headers
+  (if (call $path @/stack@) (then (drop (call $deep #0))))
+  (if (call $path @/load@) (then (drop (i32.load #-4))))
+  (if (call $path @/unreachable@) (then unreachable))
+  (if (call $path @/divide@) (then (drop (i32.div_u #1 (i32.load #900)))))
+  (if (call $path @/exit@) (then (call $exit #3)))
+  (call $log @alive@)
+  #0)

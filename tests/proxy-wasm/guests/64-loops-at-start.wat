@@ -1,0 +1,1 @@
+(func (export "_initialize") (loop $for_ever (br $for_ever)))

@@ -1,0 +1,1 @@
+(on request_headers (call $log @hit@) unreachable)

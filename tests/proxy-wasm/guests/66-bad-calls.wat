@@ -1,0 +1,10 @@
+(func $try (param $label i32) (param $n i32) (param $service i32) (param $sn i32) (param $pairs i32) (param $pn i32) (param $timeout i32)
+  (call $say (local.get $label) (local.get $n)
+    (call $http_call (local.get $service) (local.get $sn) (local.get $pairs) (local.get $pn) #0 #0 #0 #0 (local.get $timeout) #8)))
+(on request_headers
+  (call $try @unknown@ @nowhere@ %:method=GET;:path=/;:authority=auth% #1000)
+  (call $try @no path@ @auth@ %:method=GET;:authority=auth% #1000)
+  (call $try @no method@ @auth@ %:path=/;:authority=auth% #1000)
+  (call $try @no authority@ @auth@ %:method=GET;:path=/% #1000)
+  (call $try @negative@ @auth@ %:method=GET;:path=/;:authority=auth% #-1)
+  #0)

@@ -1,0 +1,10 @@
+(global $id (mut i32) #0)
+(on configure (drop (call $set_tick_period_milliseconds #100)) #1)
+(on request_headers (global.set $id (local.get $id)) #1)
+(on tick
+  (if (i32.eqz (global.get $id)) (then (return)))
+  (call $say @enter@ (call $set_effective_context (global.get $id)))
+  (call $show @path@ (call $get_header_map_value #0 @:path@ OUT))
+  (call $say @add@ (call $add_header_map_value #0 @x-tick@ @1@))
+  (call $say @resume@ (call $continue_stream #0))
+  (global.set $id #0))

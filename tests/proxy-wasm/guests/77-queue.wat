@@ -1,0 +1,22 @@
+(global $queue (mut i32) #0)
+(on configure
+  (drop (call $register_shared_queue @jobs@ #8))
+  (global.set $queue (i32.load #8))
+  #1)
+(on request_headers
+  (call $num @queue is not 0@ (i32.ne (global.get $queue) #0))
+  (call $say @again@ (call $register_shared_queue @jobs@ #8))
+  (call $num @the same@ (i32.eq (global.get $queue) (i32.load #8)))
+  (call $say @resolve@ (call $resolve_shared_queue @@ @jobs@ #8))
+  (call $num @the same@ (i32.eq (global.get $queue) (i32.load #8)))
+  (call $say @resolve none@ (call $resolve_shared_queue @@ @none@ #8))
+  (call $say @empty@ (call $dequeue_shared_queue (global.get $queue) OUT))
+  (call $say @unknown@ (call $dequeue_shared_queue #999 OUT))
+  (call $say @unknown@ (call $enqueue_shared_queue #999 @x@))
+  (call $say @enqueue@ (call $enqueue_shared_queue (global.get $queue) @one@))
+  (call $say @enqueue@ (call $enqueue_shared_queue (global.get $queue) @two@))
+  (call $log @end of the callback@)
+  #0)
+(on queue_ready
+  (call $num @ready@ (i32.eq (local.get $queue) (global.get $queue)))
+  (call $show @dequeue@ (call $dequeue_shared_queue (local.get $queue) OUT)))

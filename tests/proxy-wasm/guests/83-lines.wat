@@ -1,0 +1,10 @@
+(on request_headers
+  (call $log @two\0alines\1b[31m@)
+  (call $log @not \ff UTF-8@)
+  (memory.fill #0x200000 #120 #0x100000)
+  (call $log #0x200000 #0x100000)
+  (drop (call $proxy_log #0 @trace@))
+  (drop (call $proxy_log #1 @debug@))
+  (drop (call $proxy_log #3 @warn@))
+  (drop (call $proxy_log #4 @error@))
+  #0)

@@ -1,0 +1,47 @@
+//! The file of cases.
+
+use std::fs;
+use std::sync::LazyLock;
+
+use outrigger_proxy::filter::cases::{Case, Differences, Suite};
+
+use super::guests::directory;
+
+static SUITE: LazyLock<Suite> = LazyLock::new(|| {
+    let path = directory().join("cases.toml");
+    let text = fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    toml::from_str(&text).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+});
+
+/// Every case, in order of the file.
+pub fn cases() -> &'static [Case] {
+    &SUITE.cases
+}
+
+/// All cases of a number.
+///
+/// # Panics
+/// When there is none.
+#[track_caller]
+pub fn case(number: u32) -> Vec<&'static Case> {
+    let found: Vec<&Case> = cases().iter().filter(|case| case.number == number).collect();
+    assert!(!found.is_empty(), "cases.toml has no case {number}");
+    found
+}
+
+/// Compares what differs at a peer with what the case lists.
+///
+/// # Panics
+/// Where one is not listed, or one that is listed is not seen any more.
+#[track_caller]
+pub fn check_peer(case: &Case, seen: &Differences) {
+    let listed = case.envoy.as_ref().map(|peer| peer.differs.clone()).unwrap_or_default();
+    let unlisted: Vec<&String> = seen.iter().filter(|line| !listed.contains(line)).collect();
+    let gone: Vec<&String> = listed.iter().filter(|line| !seen.contains(line)).collect();
+    assert!(
+        unlisted.is_empty() && gone.is_empty(),
+        "case {} ({}):\nnot listed: {unlisted:#?}\nlisted, not seen: {gone:#?}",
+        case.number,
+        case.name
+    );
+}
