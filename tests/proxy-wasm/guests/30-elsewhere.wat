@@ -4,7 +4,8 @@
 (on response_headers
   (call $say @write@ (call $add_header_map_value #0 @x-late@ @1@))
   (call $show @read@ (call $get_header_map_value #0 @x-foo@ OUT))
-  (call $show @pairs@ (call $get_header_map_pairs #0 OUT))
+  (call $say @pairs@ (call $get_header_map_pairs #0 OUT))
+  (call $num @no pairs@ (i32.eqz (i32.load #4)))
   #0)
 (on log
   (call $say @write request@ (call $add_header_map_value #0 @x-late@ @1@))

@@ -5,6 +5,7 @@ use std::fs;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::Command;
+use std::time::Duration;
 
 use outrigger_proxy::filter::cases::FilterSpec;
 use serde_json::{Value, json};
@@ -136,7 +137,7 @@ impl Envoy {
     fn start(&mut self, world: &World) {
         fs::write(self.path("envoy.json"), self.bootstrap(world).to_string()).expect("write");
         let mut command = Command::new(binary());
-        command.args(["-c", &self.path("envoy.json"), "--concurrency", "1", "--disable-hot-restart", "-l", "warning"]);
+        command.args(["-c", &self.path("envoy.json"), "--concurrency", "1", "--disable-hot-restart", "--drain-time-s", "1", "-l", "warning"]);
         command.args(["--component-log-level", "wasm:trace,config:debug", "--log-format", "@@%l@@%_"]);
         command.args(["--admin-address-path", &self.path("admin")]);
         self.process = Some(Process::start("envoy", command, self.directory.path()));
@@ -218,6 +219,11 @@ impl Target for Envoy {
             })
         };
         names.iter().filter_map(|name| Some(((*name).clone(), value(name)?))).collect()
+    }
+
+    fn patience(&self) -> Duration {
+        // Above its first pause after a trap, which is a second.
+        Duration::from_secs(2)
     }
 
     fn words(&self) -> bool {

@@ -1,6 +1,7 @@
 //! The file of cases.
 
 use std::fs;
+use std::io::Write as _;
 use std::sync::LazyLock;
 
 use outrigger_proxy::filter::cases::{Case, Differences, Suite};
@@ -29,13 +30,20 @@ pub fn case(number: u32) -> Vec<&'static Case> {
     found
 }
 
-/// Compares what differs at a peer with what the case lists.
+/// Compares what differs at a peer with what the case lists. With `OUTRIGGER_RECORD_PEER` it writes the differences to that file
+/// instead.
 ///
 /// # Panics
 /// Where one is not listed, or one that is listed is not seen any more.
 #[track_caller]
 pub fn check_peer(case: &Case, seen: &Differences) {
     let listed = case.envoy.as_ref().map(|peer| peer.differs.clone()).unwrap_or_default();
+    if let Some(file) = std::env::var_os("OUTRIGGER_RECORD_PEER") {
+        let line = serde_json::json!({"number": case.number, "name": case.name, "differs": seen});
+        let mut file = fs::File::options().append(true).create(true).open(file).expect("the file to record in");
+        writeln!(file, "{line}").expect("write");
+        return;
+    }
     let unlisted: Vec<&String> = seen.iter().filter(|line| !listed.contains(line)).collect();
     let gone: Vec<&String> = listed.iter().filter(|line| !seen.contains(line)).collect();
     assert!(

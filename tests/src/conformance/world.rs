@@ -3,18 +3,18 @@
 use std::collections::BTreeMap;
 use std::io::{self, BufReader};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, SockaddrIn, bind, getsockname, socket};
 use outrigger_proxy::filter::cases::{
     Case, Differences, FilterSpec, Reply, Request, Seen, SeenRequest, SeenResponse, Service, Step, compare, compare_refusal, compare_start,
 };
 
 use super::wire::{self, Message};
 
-/// The longest that something expected is waited for.
-const PATIENCE: Duration = Duration::from_secs(5);
 /// How long nothing more must come before it is taken that nothing will.
 const QUIET: Duration = Duration::from_millis(60);
 /// How long one waits for a sign that a part of a body was seen.
@@ -30,6 +30,10 @@ pub trait Target {
     fn log(&self) -> Vec<String>;
     /// Metrics that filters defined.
     fn metrics(&self, names: &[&String]) -> BTreeMap<String, i64>;
+    /// The longest that something expected is waited for.
+    fn patience(&self) -> Duration {
+        Duration::from_secs(5)
+    }
     /// Whether refusals are in this host's own words.
     fn words(&self) -> bool;
     /// Whether it still runs; if not, how it ended.
@@ -54,6 +58,16 @@ pub struct World {
     lines: Arc<Mutex<usize>>,
     /// Name and address of each
     pub servers: Vec<(String, SocketAddr)>,
+    /// Ports where nobody listens
+    _held: Vec<OwnedFd>,
+}
+
+/// A port that is taken, so that nobody else gets it, and where nobody listens.
+fn deaf() -> (OwnedFd, SocketAddr) {
+    let socket = socket(AddressFamily::Inet, SockType::Stream, SockFlag::SOCK_CLOEXEC, None).expect("socket");
+    bind(socket.as_raw_fd(), &SockaddrIn::new(127, 0, 0, 1, 0)).expect("bind");
+    let address: SockaddrIn = getsockname(socket.as_raw_fd()).expect("name");
+    (socket, SocketAddr::from(([127, 0, 0, 1], address.port())))
 }
 
 impl World {
@@ -61,6 +75,7 @@ impl World {
     pub fn of(case: &Case) -> Self {
         let (script, lines) = (Arc::<Mutex<Script>>::default(), Arc::default());
         let mut servers: Vec<(String, SocketAddr)> = Vec::new();
+        let mut held = Vec::new();
         let names = case.steps.iter().flat_map(|step| &step.services);
         let refused: Vec<&String> =
             names.clone().filter(|(_, service)| matches!(service, Service::Refused)).map(|(name, _)| name).collect();
@@ -69,11 +84,14 @@ impl World {
             if servers.iter().any(|(known, _)| *known == name) {
                 continue;
             }
-            let listener = TcpListener::bind("127.0.0.1:0").expect("bind");
-            servers.push((name.clone(), listener.local_addr().expect("address")));
             if refused.contains(&&name) {
+                let (socket, address) = deaf();
+                held.push(socket);
+                servers.push((name, address));
                 continue;
             }
+            let listener = TcpListener::bind("127.0.0.1:0").expect("bind");
+            servers.push((name.clone(), listener.local_addr().expect("address")));
             let (script, lines) = (Arc::clone(&script), Arc::clone(&lines));
             thread::spawn(move || {
                 for stream in listener.incoming().map_while(Result::ok) {
@@ -82,7 +100,7 @@ impl World {
                 }
             });
         }
-        Self { script, lines, servers }
+        Self { script, lines, servers, _held: held }
     }
 
     /// Runs a case and returns what differs from its expectations.
@@ -131,7 +149,7 @@ impl World {
         let response = step.request.as_ref().and_then(|request| self.exchange(case, step, request, target));
         thread::sleep(Duration::from_millis(step.wait_ms));
         let lines = || split(case, &target.log()).1.len();
-        settle_lines(&lines, *mark + step.expect.log.len(), step.expect.more_log);
+        settle_lines(&lines, *mark + step.expect.log.len(), step.expect.more_log, target.patience());
         let log = split(case, &target.log()).1.get(*mark..).unwrap_or_default().to_vec();
         *mark += log.len();
         let metrics = target.metrics(&step.expect.metrics.keys().collect::<Vec<_>>());
@@ -173,20 +191,20 @@ fn split(case: &Case, lines: &[String]) -> (Vec<String>, Vec<String>) {
 }
 
 fn settle(target: &dyn Target, from: usize, count: usize, more: bool) {
-    settle_lines(&|| target.log().len(), from + count, more);
+    settle_lines(&|| target.log().len(), from + count, more, target.patience());
 }
 
 /// Waits until there are so many lines, and then until no more come.
-fn settle_lines(lines: &dyn Fn() -> usize, wanted: usize, more: bool) {
+fn settle_lines(lines: &dyn Fn() -> usize, wanted: usize, more: bool, patience: Duration) {
     let started = Instant::now();
-    while lines() < wanted && started.elapsed() < PATIENCE {
+    while lines() < wanted && started.elapsed() < patience {
         thread::sleep(Duration::from_millis(5));
     }
     if more {
         return;
     }
     let (mut last, mut since) = (lines(), Instant::now());
-    while since.elapsed() < QUIET && started.elapsed() < 2 * PATIENCE {
+    while since.elapsed() < QUIET && started.elapsed() < 2 * patience {
         thread::sleep(Duration::from_millis(5));
         let now = lines();
         if now != last {
