@@ -69,7 +69,7 @@ impl Envoy {
             vm["configuration"] = string(&spec.vm_configuration);
         }
         let mut config = json!({
-            "name": name(index, spec), "root_id": spec.root_id, "vm_config": vm,
+            "name": format!("demo/{}", spec.name_at(index)), "root_id": spec.root_id, "vm_config": vm,
             "failure_policy": if spec.fail_open { "FAIL_OPEN" } else { "FAIL_RELOAD" },
         });
         if !spec.configuration.is_empty() {
@@ -145,15 +145,6 @@ impl Envoy {
 
     fn text(&self) -> String {
         self.process.as_ref().map(Process::log).unwrap_or_default()
-    }
-}
-
-/// The name that a filter without one has.
-pub(super) fn name(index: usize, spec: &FilterSpec) -> String {
-    match (spec.name.as_str(), index) {
-        ("", 0) => "filter".into(),
-        ("", _) => format!("filter{}", index + 1),
-        (name, _) => name.into(),
     }
 }
 

@@ -1,11 +1,15 @@
-//! Cases for filters: what a filter is given and what must come of it. Run in process ([`run`]) against the host that serves
+//! Cases for filters: what a filter is given and what must come of it. Run in process ([`Runner`]) against the host that serves
 //! traffic; the conformance suite runs the same cases through a whole proxy, and through Envoy.
 
+mod capture;
+mod drive;
 mod model;
 mod observe;
+mod run;
 
 pub use model::{
     Case, Chunk, Expect, ExpectRequest, ExpectResponse, ExpectUpstream, FilterSpec, Peer, Reply, Request, Service, Start,
     Step, Suite,
 };
 pub use observe::{Differences, Headers, Seen, SeenRequest, SeenResponse, compare, compare_refusal, compare_start, pair};
+pub use run::{Modules, Runner, metric};

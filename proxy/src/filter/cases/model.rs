@@ -86,6 +86,17 @@ pub struct FilterSpec {
     pub upstreams: Vec<String>,
 }
 
+impl FilterSpec {
+    /// Its name, or the one that it has for its place in the chain.
+    pub fn name_at(&self, index: usize) -> String {
+        match (self.name.as_str(), index) {
+            ("", 0) => "filter".into(),
+            ("", _) => format!("filter{}", index + 1),
+            (name, _) => name.into(),
+        }
+    }
+}
+
 /// What happens when the filters are loaded.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]

@@ -203,7 +203,11 @@ fn request(what: &str, expected: &ExpectRequest, seen: &SeenRequest, out: &mut D
     same(&format!("{what} method"), expected.method.as_ref(), &seen.method, out);
     same(&format!("{what} path"), expected.path.as_ref(), &seen.path, out);
     same(&format!("{what} authority"), expected.authority.as_ref(), &seen.authority, out);
-    headers(&format!("{what} header"), &expected.headers, &seen.headers, out);
+    // Framing is what a proxy does behind the filters.
+    let framing = |line: &&String| ["content-length", "transfer-encoding"].contains(&pair(line).0);
+    let wanted: Vec<String> =
+        expected.headers.iter().filter(|line| seen.server.is_some() || !framing(line)).cloned().collect();
+    headers(&format!("{what} header"), &wanted, &seen.headers, out);
     body(&format!("{what} body"), expected.body.as_ref(), &seen.body, out);
     headers(&format!("{what} trailer"), &expected.trailers, &seen.trailers, out);
 }

@@ -7,7 +7,11 @@ use super::host::Host;
 use super::{calls, wasi};
 
 /// The functions of every ABI, linked once per process.
-pub(super) struct Linkers([(Abi, Linker<Host>); 3]);
+pub(super) struct Linkers {
+    all: [(Abi, Linker<Host>); 3],
+    /// Functions that do nothing
+    hollow: Vec<String>,
+}
 
 impl std::fmt::Debug for Linkers {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -16,7 +20,7 @@ impl std::fmt::Debug for Linkers {
 }
 
 impl Linkers {
-    pub(super) fn new(engine: &wasmtime::Engine) -> wasmtime::Result<Self> {
+    pub(super) fn new(engine: &wasmtime::Engine, hollow: &[&str]) -> wasmtime::Result<Self> {
         let linker = |abi| -> wasmtime::Result<_> {
             let mut linker = Linker::new(engine);
             calls::link(&mut linker, abi)?;
@@ -24,19 +28,40 @@ impl Linkers {
             Ok((abi, linker))
         };
         let [a, b, c] = Abi::ALL;
-        Ok(Self([linker(a)?, linker(b)?, linker(c)?]))
+        let hollow = hollow.iter().map(|name| (*name).to_owned()).collect();
+        Ok(Self { all: [linker(a)?, linker(b)?, linker(c)?], hollow })
     }
 
     /// Checks a module's exports and resolves its imports. The error is the user's message.
     pub(super) fn resolve(&self, module: &Module) -> Result<(Abi, InstancePre<Host>), String> {
         let abi = check(module)?;
-        let linker = self.0.iter().find(|(of, _)| *of == abi).map(|(_, linker)| linker);
-        let pre = linker.ok_or("no linker")?.instantiate_pre(module).map_err(|error| {
+        let linker = self.all.iter().find(|(of, _)| *of == abi).map(|(_, linker)| linker);
+        let linker = linker.ok_or("no linker")?;
+        let pre = if self.hollow.is_empty() {
+            linker.instantiate_pre(module)
+        } else {
+            empty(linker, module, &self.hollow).and_then(|linker| linker.instantiate_pre(module))
+        };
+        let pre = pre.map_err(|error| {
             let version = abi.marker().trim_start_matches("proxy_abi_version_").replace('_', ".");
             format!("an import of the module is not served in Proxy-Wasm ABI {version}: {error:#}")
         })?;
         Ok((abi, pre))
     }
+}
+
+/// Replaces functions that a module imports by some that return Ok (0) and do nothing.
+fn empty(linker: &Linker<Host>, module: &Module, hollow: &[String]) -> wasmtime::Result<Linker<Host>> {
+    let mut linker = linker.clone();
+    linker.allow_shadowing(true);
+    for import in module.imports().filter(|import| hollow.iter().any(|name| name == import.name())) {
+        let ExternType::Func(ty) = import.ty() else { continue };
+        linker.func_new(import.module(), import.name(), ty, |_, _, results| {
+            results.fill(wasmtime::Val::I32(0));
+            Ok(())
+        })?;
+    }
+    Ok(linker)
 }
 
 /// Callbacks that are called, and their parameters and results.

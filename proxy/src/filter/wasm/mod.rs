@@ -75,12 +75,12 @@ impl std::fmt::Debug for Ready {
 }
 
 impl Runtime {
-    pub(super) fn new(cache: &std::path::Path) -> Result<Self, FilterError> {
+    pub(super) fn new(cache: &std::path::Path, hollow: &[&str]) -> Result<Self, FilterError> {
         let refused = |error: wasmtime::Error| FilterError::Refused(format!("no WebAssembly engine: {error:#}"));
         let engine = engine::engine().map_err(refused)?;
         let ticker = ticker::Ticker::start(&engine)
             .map_err(|error| FilterError::Io("the thread that limits filters' time".into(), error))?;
-        let linkers = load::Linkers::new(&engine).map_err(refused)?;
+        let linkers = load::Linkers::new(&engine, hollow).map_err(refused)?;
         Ok(Self { cache: Cache::open(cache, &engine)?, ticker, linkers, engine })
     }
 
