@@ -26,9 +26,10 @@
 //! answers, `$fetch service pairs` calls a service.
 
 use std::fmt::Write as _;
+use std::sync::LazyLock;
 
 /// Functions of the ABI: name without `proxy_`, parameters (`i` 32 bits, `I` 64 bits).
-pub const FUNCTIONS: &[(&str, &str)] = &[
+const FUNCTIONS: &[(&str, &str)] = &[
     ("log", "iii"),
     ("get_current_time_nanoseconds", "i"),
     ("set_tick_period_milliseconds", "i"),
@@ -191,6 +192,14 @@ const PRELUDE: &str = r#"
   (call $is (local.get $text) (local.get $size)))
 (data (i32.const 1000) ":path")
 "#;
+
+/// Every function of every ABI, as modules import it.
+pub fn host_functions() -> Vec<&'static str> {
+    static NAMES: LazyLock<Vec<String>> = LazyLock::new(|| {
+        [FUNCTIONS, OLD, NEW, NEWEST].iter().copied().flatten().map(|(name, _)| format!("proxy_{name}")).collect()
+    });
+    NAMES.iter().map(String::as_str).collect()
+}
 
 /// The module of a guest's source.
 ///

@@ -4,12 +4,14 @@
 mod assemble;
 mod envoy;
 mod guests;
+mod proxy;
 mod suite;
 mod wire;
 mod world;
 
-pub use assemble::FUNCTIONS;
+pub use assemble::host_functions;
 pub use envoy::Envoy;
 pub use guests::module;
-pub use suite::{case, cases, check_peer};
+pub use proxy::Through;
+pub use suite::{case, cases, check_peer, table};
 pub use world::{Target, World};

@@ -1,5 +1,6 @@
 //! The file of cases.
 
+use std::fmt::Write as _;
 use std::fs;
 use std::io::Write as _;
 use std::sync::LazyLock;
@@ -52,4 +53,18 @@ pub fn check_peer(case: &Case, seen: &Differences) {
         case.number,
         case.name
     );
+}
+
+/// The table of the guide: each number, what is shown, and what Envoy does otherwise.
+pub fn table() -> String {
+    let mut out = String::from("| case | what is shown, and holds here | Envoy 1.40 |\n|---|---|---|\n");
+    for case in cases() {
+        let envoy = match &case.envoy {
+            None => "the same".to_owned(),
+            Some(peer) if peer.skip => format!("not run: {}", peer.reason),
+            Some(peer) => format!("differs: {}", peer.reason),
+        };
+        let _ = writeln!(out, "| {} | {} | {envoy} |", case.number, case.name);
+    }
+    out
 }
