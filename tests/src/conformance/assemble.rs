@@ -1,6 +1,6 @@
 //! Guests of the conformance suite: WAT with a few abbreviations, put together here.
 //!
-//! A file that begins with `(module` is WAT as it is. Others are the inside of a module that has every function of the ABI as
+//! A file with a line that begins with `(module` is WAT as it is. Others are the inside of a module that has every function of the ABI as
 //! `$name` (for `proxy_name`), an allocator, and functions that write lines to the log. Their first line may be
 //! `;; abi 0_1_0`; without it the ABI is 0.2.1. The abbreviations:
 //!
@@ -206,7 +206,7 @@ pub fn host_functions() -> Vec<&'static str> {
 /// # Errors
 /// Where the source is wrong, with the text that was put together.
 pub(super) fn assemble(source: &str) -> Result<Vec<u8>, String> {
-    let text = if source.trim_start().starts_with("(module") { source.to_owned() } else { expand(source)? };
+    let text = if source.lines().any(|line| line.starts_with("(module")) { source.to_owned() } else { expand(source)? };
     wat::parse_str(&text).map_err(|error| error.to_string())
 }
 

@@ -28,10 +28,11 @@ pub struct Envoy {
 /// The binary of the Python environment.
 pub(super) fn binary() -> PathBuf {
     let venv = crate::python::environment();
-    let found = fs::read_dir(venv.join("lib")).expect("the Python environment: run scripts/setup.sh").find_map(|entry| {
-        let path = entry.ok()?.path().join("site-packages/envoy/_bin/envoy");
-        path.exists().then_some(path)
-    });
+    let found =
+        fs::read_dir(venv.join("lib")).expect("the Python environment: run scripts/setup.sh").find_map(|entry| {
+            let path = entry.ok()?.path().join("site-packages/envoy/_bin/envoy");
+            path.exists().then_some(path)
+        });
     found.unwrap_or_else(|| panic!("no Envoy in {}: run scripts/setup.sh", venv.display()))
 }
 
@@ -81,14 +82,11 @@ impl Envoy {
     }
 
     fn listener(&self, filters: &[FilterSpec]) -> Value {
-        let mut chain: Vec<Value> =
-            filters.iter().enumerate().map(|(index, spec)| self.filter(index, spec)).collect();
+        let mut chain: Vec<Value> = filters.iter().enumerate().map(|(index, spec)| self.filter(index, spec)).collect();
         chain.push(json!({"name": "router", "typed_config": {
             "@type": format!("{TYPES}extensions.filters.http.router.v3.Router"),
         }}));
-        let route = |prefix: &str, cluster: &str, timeout: &str| {
-            json!({"match": {"prefix": prefix}, "route": {"cluster": cluster, "timeout": timeout}})
-        };
+        let route = |prefix: &str, cluster: &str, timeout: &str| json!({"match": {"prefix": prefix}, "route": {"cluster": cluster, "timeout": timeout}});
         let limit = filters.iter().map(|spec| spec.body_limit).max().filter(|limit| *limit > 0);
         json!({
             "@type": format!("{TYPES}config.listener.v3.Listener"), "name": "main",
@@ -137,7 +135,17 @@ impl Envoy {
     fn start(&mut self, world: &World) {
         fs::write(self.path("envoy.json"), self.bootstrap(world).to_string()).expect("write");
         let mut command = Command::new(binary());
-        command.args(["-c", &self.path("envoy.json"), "--concurrency", "1", "--disable-hot-restart", "--drain-time-s", "1", "-l", "warning"]);
+        command.args([
+            "-c",
+            &self.path("envoy.json"),
+            "--concurrency",
+            "1",
+            "--disable-hot-restart",
+            "--drain-time-s",
+            "1",
+            "-l",
+            "warning",
+        ]);
         command.args(["--component-log-level", "wasm:trace,config:debug", "--log-format", "@@%l@@%_"]);
         command.args(["--admin-address-path", &self.path("admin")]);
         self.process = Some(Process::start("envoy", command, self.directory.path()));

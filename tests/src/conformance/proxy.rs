@@ -42,7 +42,8 @@ fn mesh(world: &World) -> String {
 /// One filter as YAML, which JSON is.
 fn resource(index: usize, spec: &FilterSpec, file: &str) -> Value {
     let text = |text: &str| if text.is_empty() { Value::Null } else { json!(text) };
-    let mut limits = json!({"callTime": format!("{}ms", if spec.call_time_ms == 0 { 1000 } else { spec.call_time_ms })});
+    let mut limits =
+        json!({"callTime": format!("{}ms", if spec.call_time_ms == 0 { 1000 } else { spec.call_time_ms })});
     if spec.memory > 0 {
         limits["memory"] = json!(format!("{}Ki", spec.memory / 1024));
     }

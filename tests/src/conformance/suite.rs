@@ -57,14 +57,15 @@ pub fn check_peer(case: &Case, seen: &Differences) {
 
 /// The table of the guide: each number, what is shown, and what Envoy does otherwise.
 pub fn table() -> String {
-    let mut out = String::from("| case | what is shown, and holds here | Envoy 1.40 |\n|---|---|---|\n");
+    let mut out = String::from("| case | what is shown | Outrigger | Envoy 1.40 |\n|---|---|---|---|\n");
     for case in cases() {
         let envoy = match &case.envoy {
             None => "the same".to_owned(),
             Some(peer) if peer.skip => format!("not run: {}", peer.reason),
             Some(peer) => format!("differs: {}", peer.reason),
         };
-        let _ = writeln!(out, "| {} | {} | {envoy} |", case.number, case.name);
+        let here = case.missing.as_ref().map_or_else(|| "yes".to_owned(), |what| format!("missing: {what}"));
+        let _ = writeln!(out, "| {} | {} | {here} | {envoy} |", case.number, case.name);
     }
     out
 }

@@ -10,7 +10,8 @@ use std::time::{Duration, Instant};
 
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, SockaddrIn, bind, getsockname, socket};
 use outrigger_proxy::filter::cases::{
-    Case, Differences, FilterSpec, Reply, Request, Seen, SeenRequest, SeenResponse, Service, Step, compare, compare_refusal, compare_start,
+    Case, Differences, FilterSpec, Reply, Request, Seen, SeenRequest, SeenResponse, Service, Step, compare,
+    compare_refusal, compare_start,
 };
 
 use super::wire::{self, Message};
@@ -127,14 +128,7 @@ impl World {
         out
     }
 
-    fn step(
-        &self,
-        case: &Case,
-        step: &Step,
-        target: &mut dyn Target,
-        mark: &mut usize,
-        out: &mut Differences,
-    ) -> Seen {
+    fn step(&self, case: &Case, step: &Step, target: &mut dyn Target, mark: &mut usize, out: &mut Differences) -> Seen {
         {
             let mut script = self.script.lock().expect("script");
             script.reply = step.upstream.clone();
@@ -258,8 +252,7 @@ fn serve(name: &str, stream: TcpStream, script: &Mutex<Script>, lines: &Mutex<us
 fn answer(stream: &mut TcpStream, reply: &Reply, head: bool, lines: &Mutex<usize>) -> io::Result<()> {
     let start = format!("HTTP/1.1 {} Reply", reply.status);
     let several = reply.body.len() > 1 || !reply.trailers.is_empty();
-    let (body, trailers) =
-        if head { (&[][..], &[][..]) } else { (reply.body.as_slice(), reply.trailers.as_slice()) };
+    let (body, trailers) = if head { (&[][..], &[][..]) } else { (reply.body.as_slice(), reply.trailers.as_slice()) };
     wire::write(stream, &start, &reply.headers, body, trailers, || {
         if several {
             sign(lines);

@@ -8,8 +8,10 @@ mod observe;
 mod run;
 
 pub use model::{
-    Case, Chunk, Expect, ExpectRequest, ExpectResponse, ExpectUpstream, FilterSpec, Peer, Reply, Request, Service, Start,
-    Step, Suite,
+    Case, Chunk, Expect, ExpectRequest, ExpectResponse, ExpectUpstream, FilterSpec, Peer, Reply, Request, Service,
+    Start, Step, Suite,
 };
-pub use observe::{Differences, Headers, Seen, SeenRequest, SeenResponse, compare, compare_refusal, compare_start, pair};
+pub use observe::{
+    Differences, Headers, Seen, SeenRequest, SeenResponse, compare, compare_refusal, compare_start, pair,
+};
 pub use run::{Modules, Runner, metric};

@@ -41,6 +41,8 @@ pub struct Case {
     pub in_process_only: Option<String>,
     /// Why it needs a whole proxy, or several workers: what runs it in process says so instead
     pub proxy_only: Option<String>,
+    /// What this host still lacks for it
+    pub missing: Option<String>,
     /// What Envoy does otherwise
     pub envoy: Option<Peer>,
 }

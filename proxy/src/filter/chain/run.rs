@@ -289,7 +289,8 @@ impl Inner {
                 return;
             }
             if let Some(slot) = data.slots.get_mut(index) {
-                slot.answered = true;
+                // An answer to the request may still be replaced in its own response phase.
+                slot.answered = slot.response.at != At::Waiting;
             }
             self.state.borrow().grpc
         };
