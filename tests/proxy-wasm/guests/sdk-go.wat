@@ -33,7 +33,7 @@
     (call $expect (call $random_get (i32.const 2048) (i32.const 32)) (i32.const 0))
     (call $expect (call $fd_fdstat_get (i32.const 1) (i32.const 1216)) (i32.const 0))
     (call $expect (call $fd_prestat_get (i32.const 3) (i32.const 1216)) (i32.const 8))
-    (call $expect (call $poll_oneoff (i32.const 2048) (i32.const 4096) (i32.const 1) (i32.const 1200)) (i32.const 0))
+    (call $expect (call $poll_oneoff (i32.const 8192) (i32.const 4096) (i32.const 1) (i32.const 1200)) (i32.const 0))
     (call $expect (call $sched_yield) (i32.const 0))
     (call $expect (call $fd_write (i32.const 1) (i32.const 1100) (i32.const 1) (i32.const 1200)) (i32.const 0))
     (call $expect (call $fd_write_again (i32.const 2) (i32.const 1100) (i32.const 1) (i32.const 1200)) (i32.const 0))

@@ -73,8 +73,8 @@ fn response_head(reply: &Reply) -> response::Parts {
 }
 
 fn has_body(headers: &HeaderMap, body: &[Chunk], trailers: &[String]) -> bool {
-    let empty = headers.get(header::CONTENT_LENGTH).is_some_and(|length| length.as_bytes() == b"0");
-    !empty && !(body.is_empty() && trailers.is_empty())
+    let something = !body.is_empty() || !trailers.is_empty();
+    something && headers.get(header::CONTENT_LENGTH).is_none_or(|length| length.as_bytes() != b"0")
 }
 
 struct Exchange<'a> {
