@@ -438,7 +438,6 @@ impl Mesh {
         self.builds.fetch_add(1, Ordering::Relaxed);
         let registrations = self.leases().registrations();
         let (mut catalog, mut rejections) = Catalog::build(self.inputs(building, registrations.clone()));
-        building.findings.clear();
         if building.restore(&rejections) {
             (catalog, rejections) = Catalog::build(self.inputs(building, registrations));
         }
@@ -546,7 +545,15 @@ impl Building {
     /// there was any. Other findings of the compilation leave a resource in force, or have no earlier version.
     fn restore(&mut self, rejections: &[Rejection]) -> bool {
         let restorable = |rejection: &&Rejection| matches!(rejection.kind.as_str(), "TrafficPolicy" | "WasmFilter");
-        for rejection in rejections.iter().filter(restorable) {
+        // A version that was found wanting itself is no good one to go back to.
+        let before = std::mem::take(&mut self.findings);
+        let wanting = |rejection: &Rejection| {
+            before.iter().filter(|found| found.serving == Serving::Nothing).any(|found| {
+                let Rejection { kind, namespace, name, .. } = &found.rejection;
+                (kind, namespace, name) == (&rejection.kind, &rejection.namespace, &rejection.name)
+            })
+        };
+        for rejection in rejections.iter().filter(restorable).filter(|rejection| !wanting(rejection)) {
             if self.store.retract(rejection).is_some() {
                 tracing::error!("rejected: {rejection}");
                 self.findings.push(Rejected::new(rejection.clone(), Serving::LastGood));
