@@ -1,21 +1,40 @@
-//! The access log: one JSON object per line, written by a thread of its own so that a slow terminal delays no request.
+//! The access log: one JSON object per line.
+//!
+//! A worker writes its lines into a buffer of its own. Full ones, and at the latest after [`MOST`] what there is, go to one
+//! thread that writes to standard output, so that a slow reader delays no request and a system call carries many lines.
 
-use std::fmt::Write as _;
+mod json;
+
+use std::cell::{Cell, RefCell};
 use std::io::Write as _;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::time::{Duration, Instant, SystemTime};
 
-/// Lines that may wait to be written.
-const QUEUE: usize = 4096;
+use tokio::sync::Notify;
 
-/// Where access log lines go. Lines that do not fit the queue are dropped and counted.
+use crate::metrics::{Local, Metric};
+
+/// Bytes after which a buffer is handed over.
+const FULL: usize = 32 << 10;
+/// Room for the line that makes a buffer full.
+const LINE: usize = 1 << 10;
+/// Buffers that may wait to be written: 2 MiB.
+const QUEUE: usize = 64;
+/// How long a line waits in a worker's buffer.
+const MOST: Duration = Duration::from_millis(100);
+/// How long a worker that ends waits for room in the queue.
+const LAST: Duration = Duration::from_millis(500);
+
+/// Where access log lines go.
 #[derive(Debug, Clone)]
 pub struct AccessLog {
-    lines: SyncSender<String>,
+    buffers: SyncSender<Vec<u8>>,
     /// Queued and not written yet
     waiting: Arc<AtomicU64>,
+    full: usize,
 }
 
 /// What one line says.
@@ -67,27 +86,32 @@ impl AccessLog {
     /// # Errors
     /// When no thread can be made.
     pub fn stdout() -> std::io::Result<Self> {
-        let (log, lines) = Self::channel();
+        let (log, buffers) = Self::queue(FULL);
         let waiting = log.waiting.clone();
-        std::thread::Builder::new().name("access-log".into()).spawn(move || write_all(&lines, &waiting))?;
+        std::thread::Builder::new().name("access-log".into()).spawn(move || write_all(&buffers, &waiting))?;
         Ok(log)
     }
 
-    /// A log whose lines are read by the caller.
-    pub fn channel() -> (Self, Receiver<String>) {
-        let (tx, rx) = sync_channel(QUEUE);
-        (Self { lines: tx, waiting: Arc::default() }, rx)
+    /// A log whose lines are read by the caller, each as soon as it is written.
+    pub fn channel() -> (Self, Receiver<Vec<u8>>) {
+        Self::queue(1)
     }
 
-    /// Queues one line. False: it was dropped, and is to be counted.
-    #[must_use]
-    pub fn write(&self, entry: &Entry<'_>) -> bool {
-        self.waiting.fetch_add(1, Ordering::AcqRel);
-        let queued = self.lines.try_send(entry.json()).is_ok();
-        if !queued {
-            self.waiting.fetch_sub(1, Ordering::AcqRel);
-        }
-        queued
+    fn queue(full: usize) -> (Self, Receiver<Vec<u8>>) {
+        let (buffers, queue) = sync_channel(QUEUE);
+        (Self { buffers, waiting: Arc::default(), full }, queue)
+    }
+
+    /// The part that one worker writes to; lines that are lost are counted in `metrics`.
+    pub fn lines(&self, metrics: Local) -> Lines {
+        Lines(Rc::new(Inner {
+            log: self.clone(),
+            metrics,
+            buffer: RefCell::default(),
+            held: Cell::new(0),
+            clock: Cell::new((Instant::now(), Duration::ZERO)),
+            begun: Notify::new(),
+        }))
     }
 
     /// Before the process ends: waits until what was queued is written, at most this long.
@@ -99,96 +123,130 @@ impl AccessLog {
     }
 }
 
-fn write_all(lines: &Receiver<String>, waiting: &AtomicU64) {
-    let mut out = std::io::LineWriter::new(std::io::stdout());
-    for mut line in lines {
-        line.push('\n');
-        // Standard output closed: nobody reads the log, and serving goes on.
-        if out.write_all(line.as_bytes()).is_err() {
+fn write_all(buffers: &Receiver<Vec<u8>>, waiting: &AtomicU64) {
+    let mut out = std::io::stdout().lock();
+    for buffer in buffers {
+        // Whole lines: the buffer of standard output passes them on at once.
+        if let Err(error) = out.write_all(&buffer) {
+            tracing::warn!(%error, "standard output is closed: no access log any more; its lines are counted as dropped");
+            waiting.store(0, Ordering::Release);
             return;
         }
         waiting.fetch_sub(1, Ordering::AcqRel);
     }
 }
 
-impl Entry<'_> {
-    /// The line, without its end.
-    pub fn json(&self) -> String {
-        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-        let mut text = String::with_capacity(384);
-        let _ = write!(text, "{{\"time\":{}.{:03},\"kind\":\"access\"", now.as_secs(), now.subsec_millis());
-        for (name, value) in [
-            ("direction", self.direction),
-            ("protocol", self.protocol),
-            ("method", self.method),
-            ("authority", self.authority),
-            ("path", self.path),
-            ("reason", self.reason),
-            ("detail", self.detail),
-            ("service", self.service),
-            ("version", self.version),
-            ("peer", self.peer),
-            ("route", self.route),
-        ] {
-            if !value.is_empty() {
-                let _ = write!(text, ",\"{name}\":");
-                quote(&mut text, value);
+/// One worker's part of the log. Cheap to clone; stays on its thread. What it holds is handed over when the last clone goes.
+#[derive(Debug, Clone)]
+pub struct Lines(Rc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    log: AccessLog,
+    metrics: Local,
+    buffer: RefCell<Vec<u8>>,
+    /// Lines in the buffer
+    held: Cell<u64>,
+    /// A moment on both clocks, the second since 1970: read once per buffer
+    clock: Cell<(Instant, Duration)>,
+    /// The buffer is no longer empty.
+    begun: Notify,
+}
+
+impl Lines {
+    /// Writes one line about something that ended `now`. Where the log cannot keep up, the line is dropped and counted.
+    pub fn write(&self, entry: &Entry<'_>, now: Instant) {
+        let inner = &*self.0;
+        if inner.buffer.borrow().len() >= inner.log.full && !inner.hand_over() {
+            return inner.metrics.add(Metric::LogDropped, &[], 1);
+        }
+        let mut buffer = inner.buffer.borrow_mut();
+        if buffer.is_empty() {
+            let unix = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+            inner.clock.set((now, unix));
+            inner.begun.notify_one();
+        }
+        let (then, unix) = inner.clock.get();
+        json::line(&mut buffer, entry, unix + now.saturating_duration_since(then));
+        inner.held.set(inner.held.get() + 1);
+        let full = buffer.len() >= inner.log.full;
+        drop(buffer);
+        if full {
+            // Where there is no room now, the next line tries again.
+            inner.hand_over();
+        }
+    }
+
+    /// Hands over what has waited long enough, for as long as the worker runs.
+    pub async fn keep_moving(self) {
+        loop {
+            self.0.begun.notified().await;
+            tokio::time::sleep(MOST).await;
+            while !self.0.hand_over() {
+                tokio::time::sleep(MOST).await;
             }
         }
-        if let Some(upstream) = self.upstream {
-            let _ = write!(text, ",\"upstream\":\"{upstream}\"");
-        }
-        if let Some(client) = self.client {
-            let _ = write!(text, ",\"client\":\"{client}\"");
-        }
-        if let Some(trace) = self.trace {
-            let _ = write!(text, ",\"trace_id\":\"{trace:032x}\"");
-        }
-        if self.status != 0 {
-            let _ = write!(text, ",\"status\":{}", self.status);
-        }
-        let ms = self.duration.as_secs_f64() * 1e3;
-        let _ = write!(
-            text,
-            ",\"attempts\":{},\"duration_ms\":{ms:.3},\"sent\":{},\"received\":{}}}",
-            self.attempts, self.sent, self.received
-        );
-        text
     }
 }
 
-/// A JSON string.
-fn quote(text: &mut String, value: &str) {
-    text.push('"');
-    for c in value.chars() {
-        match c {
-            '"' => text.push_str("\\\""),
-            '\\' => text.push_str("\\\\"),
-            c if c < ' ' => {
-                let _ = write!(text, "\\u{:04x}", u32::from(c));
+impl Inner {
+    /// Hands the buffer to the writer. False: there is no room, and it is still held.
+    fn hand_over(&self) -> bool {
+        let mut buffer = self.buffer.borrow_mut();
+        if buffer.is_empty() {
+            return true;
+        }
+        // A busy worker fills the next one too.
+        let next = if buffer.len() >= FULL { Vec::with_capacity(FULL + LINE) } else { Vec::new() };
+        self.log.waiting.fetch_add(1, Ordering::AcqRel);
+        match self.log.buffers.try_send(std::mem::replace(&mut *buffer, next)) {
+            Ok(()) => {}
+            Err(TrySendError::Full(unsent)) => {
+                self.log.waiting.fetch_sub(1, Ordering::AcqRel);
+                *buffer = unsent;
+                return false;
             }
-            c => text.push(c),
+            Err(TrySendError::Disconnected(_)) => {
+                self.log.waiting.fetch_sub(1, Ordering::AcqRel);
+                self.metrics.add(Metric::LogDropped, &[], self.held.get());
+            }
+        }
+        self.held.set(0);
+        true
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        let end = Instant::now() + LAST;
+        while !self.hand_over() {
+            if Instant::now() >= end {
+                tracing::warn!(lines = self.held.get(), "the last lines of the access log are lost: nobody reads it");
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(1));
         }
     }
-    text.push('"');
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::metrics::Metrics;
+
+    fn lines_of(log: &AccessLog) -> (Lines, impl Fn() -> i64 + use<>) {
+        let metrics = Metrics::new();
+        (log.lines(metrics.local()), move || metrics.total(Metric::LogDropped, &[]))
+    }
 
     #[test]
     fn a_line_is_json_whatever_the_client_sent() {
-        let (log, lines) = AccessLog::channel();
-        let written = log.write(&Entry {
-            method: "GET",
-            path: "/a\"b\\\u{1}",
-            status: 503,
-            reason: "no-endpoints",
-            ..Entry::default()
-        });
-        assert!(written);
-        let line: serde_json::Value = serde_json::from_str(&lines.recv().unwrap()).unwrap();
+        let (log, written) = AccessLog::channel();
+        let (lines, _) = lines_of(&log);
+        let entry =
+            Entry { method: "GET", path: "/a\"b\\\u{1}", status: 503, reason: "no-endpoints", ..Entry::default() };
+        lines.write(&entry, Instant::now());
+        let line: serde_json::Value = serde_json::from_slice(&written.recv().unwrap()).unwrap();
         assert_eq!(line["path"], "/a\"b\\\u{1}");
         assert_eq!(line["status"], 503);
         assert_eq!(line["reason"], "no-endpoints");
@@ -196,11 +254,56 @@ mod tests {
     }
 
     #[test]
-    fn a_full_queue_drops_and_says_so() {
-        let (log, lines) = AccessLog::channel();
-        assert!((0..QUEUE).all(|_| log.write(&Entry::default())));
-        assert!(!log.write(&Entry::default()));
-        lines.recv().unwrap();
-        assert!(log.write(&Entry::default()));
+    fn a_full_queue_drops_whole_lines_and_counts_them() {
+        let (log, written) = AccessLog::channel();
+        let (lines, dropped) = lines_of(&log);
+        // The queue and the worker's own buffer.
+        (0..=QUEUE).for_each(|_| lines.write(&Entry::default(), Instant::now()));
+        assert_eq!(dropped(), 0);
+        lines.write(&Entry::default(), Instant::now());
+        assert_eq!(dropped(), 1);
+        written.recv().unwrap();
+        lines.write(&Entry::default(), Instant::now());
+        assert_eq!(dropped(), 1);
+    }
+
+    #[test]
+    fn lines_travel_together_in_order_and_none_stays_behind() {
+        let (log, written) = AccessLog::queue(FULL);
+        let (lines, dropped) = lines_of(&log);
+        for attempts in 0..1000 {
+            lines.write(&Entry { attempts, ..Entry::default() }, Instant::now());
+        }
+        drop(lines);
+        drop(log);
+        let buffers: Vec<_> = written.iter().collect();
+        assert!((2..10).contains(&buffers.len()), "{} buffers", buffers.len());
+        let text = String::from_utf8(buffers.concat()).unwrap();
+        let numbers =
+            text.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap()["attempts"].clone());
+        assert!(numbers.eq((0..1000).map(serde_json::Value::from)));
+        assert_eq!(dropped(), 0);
+    }
+
+    #[test]
+    fn a_lone_line_does_not_wait_for_others() {
+        crate::testing::run(async {
+            let (log, written) = AccessLog::queue(FULL);
+            let (lines, _) = lines_of(&log);
+            tokio::task::spawn_local(lines.clone().keep_moving());
+            lines.write(&Entry::default(), Instant::now());
+            assert!(written.try_recv().is_err());
+            crate::testing::until("the line is handed over", || written.try_recv().is_ok()).await;
+        });
+    }
+
+    #[test]
+    fn what_nobody_can_write_is_counted() {
+        let (log, written) = AccessLog::queue(FULL);
+        let (lines, dropped) = lines_of(&log);
+        drop(written);
+        lines.write(&Entry::default(), Instant::now());
+        drop(lines);
+        assert_eq!(dropped(), 1);
     }
 }

@@ -257,7 +257,8 @@ impl Drop for Stream<'_> {
             AccessLog::Errors => self.reason.is_some(),
         };
         if wanted {
-            let written = self.worker.proxy.log.write(&Entry {
+            let now = std::time::Instant::now();
+            let entry = Entry {
                 direction: self.way,
                 protocol: "tcp",
                 reason,
@@ -268,14 +269,12 @@ impl Drop for Stream<'_> {
                 client: Some(self.client),
                 peer: self.peer.as_ref().map_or("", |peer| peer.identity.as_str()),
                 attempts: self.attempts,
-                duration: self.start.elapsed(),
+                duration: now.saturating_duration_since(self.start),
                 sent: self.copied.sent,
                 received: self.copied.received,
                 ..Entry::default()
-            });
-            if !written {
-                metrics.add(Metric::LogDropped, &[], 1);
-            }
+            };
+            self.worker.log.write(&entry, now);
         }
     }
 }

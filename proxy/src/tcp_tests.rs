@@ -52,7 +52,7 @@ fn bytes_pass_both_sidecars_with_half_close() {
         let metrics = &client.worker.proxy.metrics;
         assert_eq!(metrics.total(Metric::TcpBytes, &["outbound", "demo/db", "sent"]), 1_000_000);
         assert_eq!(metrics.total(Metric::TcpBytes, &["outbound", "demo/db", "received"]), 1_000_003);
-        let line: serde_json::Value = serde_json::from_str(&client.log.recv().unwrap()).unwrap();
+        let line: serde_json::Value = serde_json::from_slice(&client.log.recv().unwrap()).unwrap();
         assert_eq!((&line["protocol"], &line["service"]), (&"tcp".into(), &"demo/db".into()));
     });
 }

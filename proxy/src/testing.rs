@@ -38,7 +38,7 @@ pub(crate) const HANG: Duration = Duration::from_secs(20);
 /// One proxy of a test.
 pub(crate) struct TestProxy {
     pub(crate) worker: Rc<Worker>,
-    pub(crate) log: Receiver<String>,
+    pub(crate) log: Receiver<Vec<u8>>,
     snapshot: Snapshot,
 }
 
@@ -210,7 +210,7 @@ impl TestProxy {
     /// The next line of the access log with this direction.
     pub(crate) fn logged(&self, direction: &str) -> serde_json::Value {
         loop {
-            let line: serde_json::Value = serde_json::from_str(&self.log.try_recv().unwrap()).unwrap();
+            let line: serde_json::Value = serde_json::from_slice(&self.log.try_recv().unwrap()).unwrap();
             if line["direction"] == direction {
                 return line;
             }

@@ -20,6 +20,7 @@ use tokio::time::Instant;
 use crate::drain::{DrainWatch, Phase};
 use crate::flags::Settings;
 use crate::listen::{self, Accepted, Way};
+use crate::log::Lines;
 use crate::metrics::Local;
 use crate::snapshot::{Snapshot, Target};
 use crate::state::{Proxy, WorkerLoad};
@@ -71,6 +72,8 @@ pub struct Worker {
     pub proxy: Arc<Proxy>,
     /// This worker's part of the metrics
     pub metrics: Local,
+    /// This worker's part of the access log
+    pub log: Lines,
     /// The shutdown
     pub drain: DrainWatch,
     /// Randomness of decisions
@@ -95,6 +98,7 @@ impl Worker {
         Rc::new(Self {
             index,
             pools: Pools::new(proxy.clone(), metrics.clone()),
+            log: proxy.log.lines(metrics.clone()),
             metrics,
             drain: proxy.drain.watch(),
             rng: RefCell::new(fastrand::Rng::new()),
@@ -177,6 +181,7 @@ async fn run(
     for (listener, way) in [(listeners.inbound, Way::Inbound), (listeners.outbound, Way::Outbound)] {
         tokio::task::spawn_local(listen::accept(worker.clone(), listener, way, others.clone()));
     }
+    tokio::task::spawn_local(worker.log.clone().keep_moving());
     let mut swaps = worker.proxy.directory.swaps();
     let cut = worker.drain.reached(Phase::Cut);
     tokio::pin!(cut);

@@ -2,7 +2,7 @@
 
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use ::http::header::HOST;
 use ::http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, Uri, Version, request};
@@ -399,12 +399,7 @@ impl Exchange {
         }
     }
 
-    /// Until the end of the response's body, or until now.
-    fn duration(&self) -> Duration {
-        self.end.unwrap_or_else(Instant::now).saturating_duration_since(self.start)
-    }
-
-    fn write_log(&self, status: u16, reason: &str) {
+    fn write_log(&self, status: u16, reason: &str, now: Instant) {
         let wanted = match self.access_log {
             AccessLog::Off => false,
             AccessLog::All => true,
@@ -414,7 +409,7 @@ impl Exchange {
             return;
         }
         let connection = &self.connection;
-        let written = connection.worker.proxy.log.write(&Entry {
+        let entry = Entry {
             direction: connection.way().name(),
             protocol: respond::version(self.version),
             method: self.method.as_str(),
@@ -430,14 +425,12 @@ impl Exchange {
             peer: connection.peer().map_or("", |peer| peer.as_str()),
             route: &self.route,
             attempts: self.attempts,
-            duration: self.duration(),
+            duration: now.saturating_duration_since(self.start),
             sent: self.sent,
             received: self.received,
             trace: self.trace,
-        });
-        if !written {
-            connection.worker.metrics.add(Metric::LogDropped, &[], 1);
-        }
+        };
+        connection.worker.log.write(&entry, now);
     }
 }
 
@@ -446,6 +439,8 @@ impl Drop for Exchange {
         if let Some(chain) = self.chain.take() {
             chain.done();
         }
+        // The end of the response's body, or this moment.
+        let now = self.end.unwrap_or_else(Instant::now);
         let metrics = &self.connection.worker.metrics;
         let reason = self.reason.unwrap_or_default();
         let way = Known::Word(self.connection.way().name());
@@ -459,10 +454,11 @@ impl Drop for Exchange {
         }
         // An upgraded connection's life is no latency.
         if self.status != Some(StatusCode::SWITCHING_PROTOCOLS) {
-            metrics.record_known(Metric::Duration, [way, service, version], self.duration());
+            let took = now.saturating_duration_since(self.start);
+            metrics.record_known(Metric::Duration, [way, service, version], took);
         }
         let status = self.status.map_or(0, |status| status.as_u16());
-        self.write_log(status, reason);
+        self.write_log(status, reason, now);
     }
 }
 

@@ -57,7 +57,7 @@ fn a_request_reaches_a_plaintext_endpoint_and_connections_are_kept() {
         drop(stream);
         let want = "outrigger_requests_total{direction=\"outbound\",service=\"demo/reviews\",version=\"v1\",code=\"200\",reason=\"\"} 2\n";
         assert!(client.metrics().contains(want), "{}", client.metrics());
-        let line: serde_json::Value = serde_json::from_str(&client.log.recv().unwrap()).unwrap();
+        let line: serde_json::Value = serde_json::from_slice(&client.log.recv().unwrap()).unwrap();
         assert_eq!(line["service"], "demo/reviews");
         assert_eq!(line["received"], 5);
     });
