@@ -43,7 +43,8 @@ bench: setup ## the comparison with Envoy, HAProxy and nginx (ARGS= for bench/be
 bench-budget: setup ## instructions and allocations per request, against bench/budget.json (ARGS=--update)
 	@echo "==> building the proxy with symbols, and the core's decisions"
 	@cargo build --workspace --bin outrigger-proxy --bin core-budget --locked --profile profiling
-	@bench/budget.py $(ARGS)
+	@filters/build.sh bench/wasm
+	@WASM_FILTER="$(CACHE)/filters/bench_filter.wasm" bench/budget.py $(ARGS)
 
 bench-scale: setup ## the control plane with 1,000 proxies and up to 5,000 services (ARGS= for outrigger-scale)
 	@echo "==> building the release control plane, and the load tool"

@@ -8,7 +8,7 @@ a few hundred requests before the first: callgrind writes its counts down whenev
 
     bench/budget.py [--only NAME[,NAME…]] [--update] [--keep DIR]
 """
-import argparse, glob, json, os, re, shutil, socket, struct, subprocess, sys, tempfile, threading, time, urllib.request
+import argparse, glob, json, os, re, shutil, socket, struct, subprocess, sys, tempfile, threading, time, urllib.error, urllib.request
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 BUDGET = os.path.join(HERE, "budget.json")
@@ -16,6 +16,7 @@ WARM, MEASURED = 200, 500
 # More than this above the budget fails; as much below asks for an update.
 TOLERANCE = {"instructions": 0.03, "allocations": 0.03}
 BODY = b"x" * 1024
+WASM_FILTER = os.environ.get("WASM_FILTER", os.path.expanduser("~/.cache/outrigger/filters/bench_filter.wasm"))
 ALLOCATING = re.compile(r"^(_rjem_(malloc|calloc|mallocx|realloc|rallocx)|malloc|calloc|realloc|posix_memalign|aligned_alloc)$")
 
 
@@ -44,6 +45,10 @@ class Profile:
                 elif line.startswith(("summary:", "totals:")):
                     self.total = max(self.total, int(line.split()[1]))
 
+    def instructions(self):
+        """Without the thread that limits filters' time: it counts milliseconds, not requests."""
+        return self.total - self.inclusive.get("outrigger_proxy::filter::wasm::ticker::run", 0)
+
     def allocations(self):
         return sum(calls for name, calls in self.calls.items() if ALLOCATING.match(name))
 
@@ -55,7 +60,7 @@ def callgrind(directory, name, argv, *options):
 
 # ------------------------------------------------------------------------------------------------ client and application
 def read_message(sock):
-    """Reads one HTTP/1 message with a content-length, or none; None at the end of the stream."""
+    """Reads one HTTP/1 message with a content-length, in chunks (without trailers), or without a body; None at the end of the stream."""
     data = b""
     while b"\r\n\r\n" not in data:
         more = sock.recv(65536)
@@ -63,6 +68,11 @@ def read_message(sock):
             return None
         data += more
     head, _, body = data.partition(b"\r\n\r\n")
+    while b"transfer-encoding: chunked" in head.lower() and not body.endswith(b"\r\n0\r\n\r\n"):
+        more = sock.recv(65536)
+        if not more:
+            return None
+        body += more
     length = re.search(rb"content-length: *(\d+)", head, re.I)
     missing = (int(length.group(1)) if length else 0) - len(body)
     while missing > 0:
@@ -223,6 +233,12 @@ def outbound_resources(h2, app, inbound):
     return docs
 
 
+def filter_resource():
+    """The filter of bench/wasm at the service `svc`: three header calls, and every callback that the Rust SDK exports."""
+    return resource("WasmFilter", "three-calls", {"targetRefs": [{"group": "", "kind": "Service", "name": "svc"}], "direction": "Outbound",
+                                                  "module": {"file": WASM_FILTER}})
+
+
 def inbound_resources():
     """Strict mTLS, and ten rules of which the last one matches."""
     rule = lambda i: {"from": [{"principals": ["spiffe://mesh.test/ns/default/sa/" + ("outbound" if i == 9 else "other-%d" % i)]}],
@@ -232,10 +248,10 @@ def inbound_resources():
 
 
 class Proxy:
-    def __init__(self, binary, directory, role, docs, flags, certs):
+    def __init__(self, binary, directory, role, docs, flags, certs, count=True):
         self.role, self.dir, self.admin = role, directory, free_port()
         config = os.path.join(directory, role)
-        os.mkdir(config)
+        os.makedirs(config, exist_ok=True)
         with open(os.path.join(config, "mesh.yaml"), "w") as f:
             f.write("\n---\n".join(json.dumps(doc) for doc in docs))
         argv = [binary, "--config", config, "--namespace", "mesh", "--name", role, "--workers", "1",
@@ -243,7 +259,10 @@ class Proxy:
         if certs:
             argv += ["--cert-file", certs + "/%s.crt" % role, "--key-file", certs + "/%s.key" % role,
                      "--ca-file", certs + "/ca.crt", "--service-account", role]
-        self.out, argv = callgrind(directory, role, argv, "--dump-before=*outrigger_proxy::admin::Admin::stats*")
+        if count:
+            self.out, argv = callgrind(directory, role, argv, "--dump-before=*outrigger_proxy::admin::Admin::stats*")
+        else:
+            argv = ["valgrind", "--tool=none", "--trace-children=yes", *argv]
         self.log = os.path.join(directory, role + ".log")
         with open(self.log, "w") as log:
             self.process = subprocess.Popen(argv, stdout=log, stderr=log)
@@ -281,7 +300,37 @@ class Proxy:
             self.process.kill()
 
 
-def measure(binary, directory, protocol, pair):
+def compiled(binary, directory, docs, flags, port):
+    """A directory for --state with the filter compiled: for the processor that valgrind shows, but without counting, which takes longer than
+    the compiler has."""
+    ready, state = os.path.expanduser("~/.cache/outrigger/budget/filters"), os.path.join(directory, "state")
+    os.mkdir(state, 0o700)
+    if os.path.isdir(ready):
+        shutil.copytree(ready, state + "/filters")
+    proxy = Proxy(binary, directory, "outbound", docs, [*flags, "--state", state], None, count=False)
+    try:
+        proxy.wait_ready()
+        wait_served(port)
+    finally:
+        proxy.stop()
+    shutil.rmtree(ready, ignore_errors=True)
+    shutil.copytree(state + "/filters", ready)
+    return state
+
+
+def wait_served(port):
+    """Until requests pass through the filter."""
+    end = time.monotonic() + 300
+    while True:
+        try:
+            return urllib.request.urlopen(urllib.request.Request("http://127.0.0.1:%d/" % port, headers={"host": "svc"}), timeout=60).read()
+        except urllib.error.HTTPError as error:
+            if error.code != 503 or time.monotonic() > end:
+                raise SystemExit("budget: with a filter the proxy answered %d %s" % (error.code, error.read()))
+            time.sleep(0.5)
+
+
+def measure(binary, directory, protocol, pair, filtered):
     """{role: {instructions, allocations}} per request."""
     h2 = isinstance(protocol, Http2)
     app, client = application(protocol), free_port()
@@ -293,10 +342,16 @@ def measure(binary, directory, protocol, pair):
         flags = ["--app", "http=127.0.0.1:%d/%s" % (app, "h2" if h2 else "http1"), "--inbound", "127.0.0.1:%d" % inbound, "--outbound", "127.0.0.1:0"]
         proxies.append(Proxy(binary, directory, "inbound", inbound_resources(), flags, certs))
     flags = ["--outbound", "127.0.0.1:%d" % client, "--inbound", "127.0.0.1:0"]
-    proxies.append(Proxy(binary, directory, "outbound", outbound_resources(h2, app, inbound), flags, pair and certs))
+    docs = outbound_resources(h2, app, inbound)
+    if filtered:
+        docs.append(filter_resource())
+        flags += ["--state", compiled(binary, directory, docs, flags, client)]
+    proxies.append(Proxy(binary, directory, "outbound", docs, flags, pair and certs))
     try:
         for proxy in proxies:
             proxy.wait_ready()
+        if filtered:
+            wait_served(client)
         protocol.connect(client)
         for _ in range(WARM):
             protocol.call()
@@ -308,7 +363,7 @@ def measure(binary, directory, protocol, pair):
             requests, profile = proxy.dumped()
             if requests - before[proxy.role] != MEASURED:
                 raise SystemExit("budget: %s counted %d requests of %d" % (proxy.role, requests - before[proxy.role], MEASURED))
-            found[proxy.role] = {"instructions": round(profile.total / MEASURED), "allocations": round(profile.allocations() / MEASURED, 1)}
+            found[proxy.role] = {"instructions": round(profile.instructions() / MEASURED), "allocations": round(profile.allocations() / MEASURED, 1)}
         return found
     finally:
         for proxy in proxies:
@@ -316,10 +371,12 @@ def measure(binary, directory, protocol, pair):
 
 
 PROXY = {
-    "h1-single": lambda: (Http1(), False),
-    "h1-mtls-pair": lambda: (Http1(), True),
-    "h1-mtls-pair-post16k": lambda: (Http1(post=True), True),
-    "h2-mtls-pair": lambda: (Http2(), True),
+    # Protocol, behind a second proxy, with a filter
+    "h1-single": lambda: (Http1(), False, False),
+    "h1-filter": lambda: (Http1(), False, True),
+    "h1-mtls-pair": lambda: (Http1(), True, False),
+    "h1-mtls-pair-post16k": lambda: (Http1(post=True), True, False),
+    "h2-mtls-pair": lambda: (Http2(), True, False),
 }
 
 
@@ -372,8 +429,7 @@ def main():
             if name == "core":
                 found |= measure_core(target + "core-budget", directory)
             else:
-                protocol, pair = PROXY[name]()
-                found |= {name + "/" + role: values for role, values in measure(target + "outrigger-proxy", directory, protocol, pair).items()}
+                found |= {name + "/" + role: values for role, values in measure(target + "outrigger-proxy", directory, *PROXY[name]()).items()}
     finally:
         shutil.rmtree(base, ignore_errors=True)
     budget = json.load(open(BUDGET)) if os.path.exists(BUDGET) else {}
