@@ -61,7 +61,6 @@ metrics! {
     TcpOpen = "outrigger_tcp_open_connections", Gauge, ["direction"], "Open opaque connections";
     Upgrades = "outrigger_upgrades_open", Gauge, ["direction"], "Open WebSocket connections";
     Authorization = "outrigger_authorization_total", Counter, ["decision", "policy"], "Authorization decisions by the rule that made them";
-    FilterCalls = "outrigger_filter_calls_total", Counter, ["filter"], "Requests that a filter was run on";
     PeerRequests = "outrigger_peer_requests_total", Counter, ["peer"], "Inbound requests by the identity that the peer proved; `none`: plaintext";
     Ambiguous = "outrigger_ambiguous_framing_total", Counter, ["direction"], "Requests with Content-Length and Transfer-Encoding, re-framed";
     LogDropped = "outrigger_log_dropped_total", Counter, [], "Access log lines dropped because the log could not keep up";

@@ -8,7 +8,7 @@ use outrigger_core::balance::EndpointInfo;
 use outrigger_core::key::Key;
 use outrigger_core::link::{Inbound, Mesh, Protocol, Service};
 
-use crate::filter::{Plugin, Plugins, StatusRow};
+use crate::filter::{Filter, Plugin, Plugins, StatusRow};
 
 /// All configuration at one moment.
 #[derive(Debug, Clone, Default)]
@@ -85,20 +85,20 @@ impl Snapshot {
         Some(target)
     }
 
-    /// Prepared filters by their keys, in order; FailOpen ones that could not be prepared are left out.
+    /// One exchange's part of the filters of these keys, in order; FailOpen ones that could not be prepared are left out.
     ///
     /// # Errors
     /// The key of one that is not ready and FailClosed, or unknown.
-    pub fn filters(&self, keys: &[String]) -> Result<Arc<[Arc<Plugin>]>, String> {
-        let mut plugins = Vec::with_capacity(keys.len());
+    pub fn filters(&self, keys: &[String]) -> Result<Vec<Box<dyn Filter>>, String> {
+        let mut filters = Vec::with_capacity(keys.len());
         for key in keys {
             match self.filters.get(key) {
-                Some(FilterSlot { plugin: Some(plugin), .. }) => plugins.push(plugin.clone()),
+                Some(FilterSlot { plugin: Some(plugin), .. }) => filters.push(Plugin::filter(plugin)),
                 Some(FilterSlot { plugin: None, fail_open: true }) => {}
                 _ => return Err(key.strip_prefix("filter/").unwrap_or(key).to_owned()),
             }
         }
-        Ok(plugins.into())
+        Ok(filters)
     }
 
     /// The prepared filter of a key (`filter/<namespace>/<name>`). `None`: it could not be prepared.

@@ -85,7 +85,10 @@ impl StatusRow {
 /// Appends the rows as Prometheus families.
 pub fn prometheus(rows: &[StatusRow], text: &mut String) {
     type Value = fn(&StatusRow) -> u64;
-    let families: [(&str, &str, &str, Value); 5] = [
+    let families: [(&str, &str, &str, Value); 6] = [
+        ("outrigger_filter_calls_total", "counter", "Requests and connections that a filter was run on.", |row| {
+            row.requests
+        }),
         (
             "outrigger_filter_failures_total",
             "counter",

@@ -263,16 +263,11 @@ impl Exchange {
             return Ok(());
         }
         let missing = |name| Failure::new(Reason::FilterFailed, format!("filter {name} is not ready"));
-        let plugins = snapshot.filters(keys).map_err(missing)?;
-        let connection = &self.connection;
-        for key in keys {
-            let name = key.strip_prefix("filter/").unwrap_or(key);
-            connection.worker.metrics.add(Metric::FilterCalls, &[name], 1);
-        }
-        let mut info = StreamInfo::new(connection.clone(), self.start);
+        let filters = snapshot.filters(keys).map_err(missing)?;
+        let mut info = StreamInfo::new(self.connection.clone(), self.start);
         info.service = Some(self.service.clone());
         info.route = Some(self.route.clone());
-        self.chain = Some(Chain::new(&plugins, info));
+        self.chain = Some(Chain::of(filters, info));
         Ok(())
     }
 

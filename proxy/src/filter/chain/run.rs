@@ -369,22 +369,25 @@ impl Inner {
         if std::mem::replace(&mut self.state.borrow_mut().done, true) {
             return;
         }
-        let (mut filters, tcp) = {
+        let tcp = {
             let mut data = self.stream.data();
             data.logging = true;
-            let filters: Vec<_> = data.slots_mut().map(|slot| slot.filter.take()).collect();
             let Data { request, response, tcp, .. } = &mut *data;
             request.kept = request.kept.take().or_else(|| request.head.take().map(Box::new));
             response.kept = response.kept.take().or_else(|| response.head.take().map(Box::new));
-            (filters, *tcp)
+            *tcp
         };
-        for (index, filter) in filters.iter_mut().enumerate().filter(|_| !tcp) {
-            if let Some(filter) = filter {
+        let take = |index: usize| self.stream.data().slots.get_mut(index).and_then(|slot| slot.filter.take());
+        for index in (0..self.count).filter(|_| !tcp) {
+            if let Some(mut filter) = take(index) {
                 filter.log(&self.view(index));
+                if let Some(slot) = self.stream.data().slots.get_mut(index) {
+                    slot.filter = Some(filter);
+                }
             }
         }
-        for (index, filter) in filters.iter_mut().enumerate() {
-            if let Some(filter) = filter {
+        for index in 0..self.count {
+            if let Some(mut filter) = take(index) {
                 filter.done(&self.view(index));
             }
         }

@@ -1,5 +1,7 @@
 //! Header maps as guests see them: pseudo headers in front, names in lower case, nothing that could break the message.
 
+use std::cell::RefCell;
+
 use http::uri::{Authority, PathAndQuery, Scheme, Uri};
 use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Version, header, request, response};
 
@@ -175,7 +177,9 @@ pub(super) fn count_of(head: HeadRef<'_>) -> usize {
 
 /// Bytes of names and values.
 pub(super) fn size<H: Head>(head: &H) -> usize {
-    pairs(head).iter().map(|(name, value)| name.len() + value.len()).sum()
+    let pseudo = H::PSEUDO.iter().filter_map(|name| Some(name.len() + head.pseudo(name)?.len()));
+    let fields = head.fields().iter().filter(|(name, _)| !head.hidden(name));
+    pseudo.chain(fields.map(|(name, value)| name.as_str().len() + value.len())).sum()
 }
 
 /// Index of a pseudo header, with `host` as another name of `:authority`.
@@ -187,8 +191,29 @@ fn pseudo_index<H: Head>(key: &[u8]) -> Option<usize> {
     H::PSEUDO.iter().position(|name| key.eq_ignore_ascii_case(name.as_bytes()))
 }
 
+/// Names that guests wrote lately, one per place.
+const NAMES: usize = 64;
+/// Longest one that is kept, bytes.
+const NAME: usize = 64;
+
+thread_local! {
+    // A filter writes the same few names on every request; a clone of a known one is neither parsed nor copied.
+    static KNOWN: RefCell<[Option<HeaderName>; NAMES]> = const { RefCell::new([const { None }; NAMES]) };
+}
+
 fn name_of(key: &[u8]) -> Reply<HeaderName> {
-    HeaderName::from_bytes(key).map_err(|_| Status::BadArgument)
+    let parsed = || HeaderName::from_bytes(key).map_err(|_| Status::BadArgument);
+    let [.., last] = key else { return parsed() };
+    let place = (key.len() ^ usize::from(*last).rotate_left(2)) % NAMES;
+    let known = KNOWN.try_with(|known| {
+        let mut known = known.borrow_mut();
+        let kept = known.get_mut(place).filter(|_| key.len() <= NAME)?;
+        if let Some(name) = kept.as_ref().filter(|name| name.as_str().as_bytes() == key) {
+            return Some(Ok(name.clone()));
+        }
+        Some(parsed().inspect(|name| *kept = Some(name.clone())))
+    });
+    known.ok().flatten().unwrap_or_else(parsed)
 }
 
 fn value_of(value: &[u8]) -> Reply<HeaderValue> {
@@ -200,7 +225,7 @@ pub(super) fn get<'a, H: Head>(head: &'a H, key: &[u8]) -> Option<&'a [u8]> {
     if let Some(index) = pseudo_index::<H>(key) {
         return head.pseudo(H::PSEUDO.get(index)?);
     }
-    head.fields().get(HeaderName::from_bytes(key).ok()?).map(HeaderValue::as_bytes)
+    head.fields().get(std::str::from_utf8(key).ok()?).map(HeaderValue::as_bytes)
 }
 
 /// Appends a value; a pseudo header is replaced.
@@ -354,6 +379,19 @@ mod tests {
             assert_eq!(result, Err(Status::BadArgument), "{key} {value}");
         }
         assert_eq!(head.uri, "/rewritten?a=b");
+    }
+
+    #[test]
+    fn known_names_are_the_same_as_parsed_ones() {
+        for key in ["x-a", "x-b", "x-a", "X-A", "x-a", "accept", "Accept", "accept"] {
+            assert_eq!(name_of(key.as_bytes()).unwrap().as_str(), key.to_ascii_lowercase());
+        }
+        let long = [b'n'; NAME + 1];
+        assert_eq!(name_of(&long).unwrap().as_str().as_bytes(), long);
+        for _ in 0..2 {
+            assert_eq!(name_of(b"x a"), Err(Status::BadArgument));
+            assert_eq!(name_of(b""), Err(Status::BadArgument));
+        }
     }
 
     #[test]

@@ -12,7 +12,7 @@ use wasmtime::{Instance as WasmInstance, InstancePre, Store, Trap, TypedFunc, Up
 use super::super::{Event, Flow, View};
 use super::callbacks::Callbacks;
 use super::host::{Context, Counters, Host, Phase, Root, Spec};
-use super::ticker::{InCall, Ticker};
+use super::ticker::{Ticker, Watch};
 
 /// Start-up may take this many times a callback's time.
 const START_FACTOR: u32 = 20;
@@ -36,7 +36,7 @@ struct Inner {
 pub(in super::super) struct Instance {
     inner: RefCell<Inner>,
     dead: Cell<bool>,
-    ticker: Arc<Ticker>,
+    watch: Watch,
 }
 
 fn start_limit(spec: &Spec) -> Duration {
@@ -61,7 +61,9 @@ impl Instance {
             }
             Ok(UpdateDeadline::Continue(1))
         });
-        let instance = guarded(ticker, &mut store, |store| {
+        let ending = || Failure { message: "the thread is ending".into(), timeout: false };
+        let watch = Watch::of(ticker).ok_or_else(ending)?;
+        let instance = guarded(&watch, &mut store, |store| {
             store.data_mut().budget.arm(start_limit(spec));
             let instance = pre.instantiate(&mut *store)?;
             adopt(store, &instance)?;
@@ -81,7 +83,7 @@ impl Instance {
         let callbacks = Callbacks::of(&mut store, &instance)
             .map_err(|error| Failure { message: format!("{error:#}"), timeout: false })?;
         let inner = Inner { store, callbacks: Rc::new(callbacks), next: 1 };
-        Ok(Self { inner: RefCell::new(inner), dead: Cell::new(false), ticker: Arc::clone(ticker) })
+        Ok(Self { inner: RefCell::new(inner), dead: Cell::new(false), watch })
     }
 
     /// True: it failed.
@@ -120,7 +122,7 @@ impl Instance {
     ) -> Result<R, Failure> {
         self.with(|inner| {
             let Inner { store, callbacks, .. } = inner;
-            let result = guarded(&self.ticker, store, |store| {
+            let result = guarded(&self.watch, store, |store| {
                 store.data_mut().begin(context, root, phase, view);
                 f(store, callbacks)
             });
@@ -308,13 +310,11 @@ impl Drop for Instance {
 
 /// Runs guest code under the ticker. Any trap, and any panic of a host function, is a failure.
 fn guarded<R>(
-    ticker: &Arc<Ticker>,
+    watch: &Watch,
     store: &mut Store<Host>,
     f: impl FnOnce(&mut Store<Host>) -> wasmtime::Result<R>,
 ) -> Result<R, Failure> {
-    let Some(_in_call) = InCall::enter(ticker) else {
-        return Err(Failure { message: "the thread is ending".into(), timeout: false });
-    };
+    let _in_call = watch.enter();
     store.set_epoch_deadline(1);
     let result = catch_unwind(AssertUnwindSafe(|| f(store)));
     match result {

@@ -4,6 +4,7 @@
 //! slots every millisecond and moves the engine's epoch on only when some slot is still in the call it was in a tick ago, so a
 //! call that ends in time costs two stores and no clock is read. With no calls at all the ticker sleeps until one begins.
 
+use std::marker::PhantomData;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 use std::thread::Thread;
@@ -107,13 +108,17 @@ thread_local! {
     static SLOT: std::cell::RefCell<Vec<(Weak<Ticker>, Arc<Slot>)>> = const { std::cell::RefCell::new(Vec::new()) };
 }
 
-/// The calling thread's slot, marked busy until this is dropped.
+/// A thread's place at the ticker: looked up once per instance. Stays on its thread.
 #[derive(Debug)]
-pub(super) struct InCall(Arc<Slot>);
+pub(super) struct Watch {
+    ticker: Arc<Ticker>,
+    slot: Arc<Slot>,
+    here: PhantomData<*const ()>,
+}
 
-impl InCall {
-    /// `None` while the thread is ending.
-    pub(super) fn enter(ticker: &Arc<Ticker>) -> Option<Self> {
+impl Watch {
+    /// Of the calling thread; `None` while it is ending.
+    pub(super) fn of(ticker: &Arc<Ticker>) -> Option<Self> {
         let slot = SLOT
             .try_with(|slots| {
                 let mut slots = slots.borrow_mut();
@@ -131,18 +136,28 @@ impl InCall {
                 slot
             })
             .ok()?;
+        Some(Self { ticker: Arc::clone(ticker), slot, here: PhantomData })
+    }
+
+    /// Marks the thread busy until the guard is dropped.
+    pub(super) fn enter(&self) -> InCall<'_> {
+        let Slot(calls) = &*self.slot;
         // One writer: the slot is this thread's. SeqCst pairs with the ticker's flag: one of the two sees the other.
-        slot.0.store(slot.0.load(Ordering::Relaxed) + 1, Ordering::SeqCst);
-        if ticker.asleep.load(Ordering::SeqCst) {
-            ticker.wake();
+        calls.store(calls.load(Ordering::Relaxed) + 1, Ordering::SeqCst);
+        if self.ticker.asleep.load(Ordering::SeqCst) {
+            self.ticker.wake();
         }
-        Some(Self(slot))
+        InCall(calls)
     }
 }
 
-impl Drop for InCall {
+/// A call in flight.
+#[derive(Debug)]
+pub(super) struct InCall<'a>(&'a AtomicU64);
+
+impl Drop for InCall<'_> {
     fn drop(&mut self) {
-        self.0.0.store(self.0.0.load(Ordering::Relaxed) + 1, Ordering::Release);
+        self.0.store(self.0.load(Ordering::Relaxed) + 1, Ordering::Release);
     }
 }
 
