@@ -194,6 +194,7 @@ impl Admin {
                 json!({
                     "inbound": load.inbound.load(Ordering::Relaxed),
                     "outbound": load.outbound.load(Ordering::Relaxed),
+                    "parked": load.parked.load(Ordering::Relaxed),
                     "requests": load.requests.load(Ordering::Relaxed),
                     "streams": load.streams.load(Ordering::Relaxed),
                     "running": load.running(),

@@ -122,10 +122,17 @@ impl DrainWatch {
         }
     }
 
-    /// Resolves when connections of clients should end: inbound at [`Phase::Closing`], outbound never before
-    /// [`Phase::Cut`], since the application may still need to call.
-    pub async fn closing(&self, inbound: bool) {
-        self.reached(if inbound { Phase::Closing } else { Phase::Cut }).await;
+    /// Whether connections of clients should end: inbound at [`Phase::Closing`], outbound never before [`Phase::Cut`], since
+    /// the application may still need to call.
+    pub fn is_closing(&self, inbound: bool) -> bool {
+        self.phase() >= if inbound { Phase::Closing } else { Phase::Cut }
+    }
+
+    /// Resolves at the next phase.
+    pub async fn changed(&mut self) {
+        if self.0.changed().await.is_err() {
+            std::future::pending::<()>().await;
+        }
     }
 
     /// Resolves when everything is cut.
@@ -198,12 +205,12 @@ mod tests {
         drain.advance(Phase::NotReady);
         assert_eq!(drain.phase(), Phase::Closing);
         assert_eq!(early.phase(), Phase::Closing);
-        early.closing(true).await;
-        drain.watch().reached(Phase::Closing).await;
-        let outbound = early.closing(false);
-        tokio::pin!(outbound);
-        assert!(futures_util::poll!(&mut outbound).is_pending());
+        assert!(early.is_closing(true) && drain.watch().is_closing(true));
+        assert!(!early.is_closing(false));
+        let cut = early.cut();
+        tokio::pin!(cut);
+        assert!(futures_util::poll!(&mut cut).is_pending());
         drain.advance(Phase::Cut);
-        outbound.await;
+        cut.await;
     }
 }

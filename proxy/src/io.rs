@@ -35,6 +35,18 @@ impl Io {
         Self { transport: transport.into(), prefix }
     }
 
+    /// Gives bytes back that were read too far.
+    #[must_use]
+    pub fn unread(mut self, bytes: Bytes) -> Self {
+        self.prefix = if self.prefix.is_empty() { bytes } else { [bytes, self.prefix].concat().into() };
+        self
+    }
+
+    /// Whether bytes wait that were read too far.
+    pub fn has_unread(&self) -> bool {
+        !self.prefix.is_empty()
+    }
+
     /// The socket below.
     pub fn socket(&self) -> &TcpStream {
         match &self.transport {

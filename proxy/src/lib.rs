@@ -1,6 +1,7 @@
 //! Outrigger's sidecar proxy. `docs/architecture.md` names each module and its owner.
 
 pub mod admin;
+mod allocator;
 mod coalesce;
 pub mod discovery;
 pub mod drain;

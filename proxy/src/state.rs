@@ -66,6 +66,8 @@ pub struct WorkerLoad {
     pub streams: AtomicU64,
     /// Destinations remembered as servers that speak first
     pub server_first: AtomicUsize,
+    /// Of the open connections, HTTP/1 ones that wait for a request with what hyper held for them given back
+    pub parked: AtomicUsize,
     /// Connections accepted
     pub accepted: AtomicU64,
     /// Of these, handed to a less loaded worker

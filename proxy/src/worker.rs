@@ -19,6 +19,7 @@ use tokio::time::Instant;
 
 use crate::drain::{DrainWatch, Phase};
 use crate::flags::Settings;
+use crate::http::Connections;
 use crate::listen::{self, Accepted, Way};
 use crate::log::Lines;
 use crate::metrics::Local;
@@ -80,6 +81,8 @@ pub struct Worker {
     pub rng: RefCell<fastrand::Rng>,
     /// Connections to endpoints and to the application
     pub pools: Pools,
+    /// Connections of clients
+    pub connections: Connections,
     /// What this proxy's own traffic is counted under
     pub labels: Labels,
     /// Open connections
@@ -102,6 +105,7 @@ impl Worker {
             metrics,
             drain: proxy.drain.watch(),
             rng: RefCell::new(fastrand::Rng::new()),
+            connections: Connections::default(),
             labels: Labels::new(&proxy.settings),
             load: proxy.workers.get(index).cloned().unwrap_or_default(),
             server_first: RefCell::default(),

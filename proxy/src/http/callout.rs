@@ -11,7 +11,7 @@ use super::body::{BodyError, ResponseBody};
 use super::exchange::{Exchange, Running};
 use super::made::Made;
 use super::{Connection, ConnectionInfo, outbound, response};
-use crate::listen;
+use crate::listen::{self, Version};
 use crate::worker::Worker;
 
 /// A service that call-outs may reach.
@@ -35,7 +35,7 @@ impl Callouts {
     pub(crate) fn new(worker: &Rc<Worker>) -> Self {
         let client = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
         let info = ConnectionInfo::Outbound(listen::Outbound { client, destination: None });
-        Self { connection: Rc::new(Connection::new(info, worker.clone())) }
+        Self { connection: Rc::new(Connection::new(info, Version::Http1, worker.clone())) }
     }
 
     /// Makes a request; the response is what a client of this proxy would get, so that failures are responses too. Dropping the

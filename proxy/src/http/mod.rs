@@ -8,6 +8,7 @@ mod exchange;
 mod facts;
 mod filtered;
 mod head;
+mod idle;
 mod inbound;
 #[allow(dead_code, reason = "the host functions that use it follow")]
 mod made;
@@ -21,6 +22,7 @@ mod tests;
 mod upgrade;
 
 pub use body::{ReplayBuffer, RequestBody, ResponseBody};
+pub use idle::Connections;
 pub use serve::serve;
 
 use std::cell::{Cell, OnceCell, RefCell};
@@ -33,7 +35,7 @@ use outrigger_core::key::Key;
 use outrigger_core::normalize;
 use outrigger_core::spiffe::SpiffeId;
 
-use crate::listen;
+use crate::listen::{self, Version};
 use crate::tls::Peer;
 use crate::worker::Worker;
 
@@ -69,11 +71,14 @@ pub enum ConnectionInfo {
 #[derive(Debug)]
 pub(crate) struct Connection {
     info: ConnectionInfo,
+    version: Version,
     /// Number in this process
     id: u64,
     worker: Rc<Worker>,
     /// HTTP/1: what the guard has to know
     phase: head::Phase,
+    /// What the worker's sweep asks of it
+    seat: idle::Seat,
     /// Requests so far
     requests: Cell<u64>,
     /// Exchanges that have not ended
@@ -88,14 +93,16 @@ pub(crate) struct Connection {
 type Asked = (Key, Option<u16>);
 
 impl Connection {
-    fn new(info: ConnectionInfo, worker: Rc<Worker>) -> Self {
+    fn new(info: ConnectionInfo, version: Version, worker: Rc<Worker>) -> Self {
         static NEXT: AtomicU64 = AtomicU64::new(1);
         let id = NEXT.fetch_add(1, Ordering::Relaxed);
         Self {
             info,
+            version,
             id,
             worker,
             phase: head::Phase::default(),
+            seat: idle::Seat::default(),
             requests: Cell::new(0),
             running: Cell::new(0),
             xfcc: OnceCell::new(),

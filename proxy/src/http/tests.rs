@@ -451,5 +451,6 @@ mod counts;
 mod ends;
 mod filtered;
 mod h2;
+mod idle;
 mod limits;
 mod retrying;

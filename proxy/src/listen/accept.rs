@@ -178,12 +178,10 @@ pub(crate) fn adopt(worker: &Rc<Worker>, accepted: Accepted) {
     let _ = stream.set_nodelay(true);
     tokio::task::spawn_local(async move {
         let _count = count;
-        let served = match way {
-            Way::Inbound => inbound::serve(worker, stream).await,
-            Way::Outbound => outbound::serve(worker, stream).await,
+        let known = match way {
+            Way::Inbound => Box::pin(inbound::accept(worker.clone(), stream)).await,
+            Way::Outbound => Box::pin(outbound::accept(worker.clone(), stream)).await,
         };
-        if let Err(error) = served {
-            tracing::debug!(%error, ?way, "a connection ended before its protocol was known");
-        }
+        known.serve(worker).await;
     });
 }

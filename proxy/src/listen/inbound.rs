@@ -10,12 +10,14 @@ use outrigger_core::detect::{Detected, Hello, sni};
 use outrigger_core::link::{MtlsMode, Protocol};
 use tokio::net::TcpStream;
 
+use super::handoff::Known;
 use super::peek::{Seen, look};
-use super::{Inbound, Version, handoff, original};
+use super::{Inbound, Version, original};
 use crate::flags::{App, Intercept, Settings};
+use crate::identity::Identity;
 use crate::io::Io;
 use crate::metrics::Metric;
-use crate::tls;
+use crate::tls::{self, Peer};
 use crate::worker::Worker;
 
 /// A client silent for this long is opaque, and judged as TCP.
@@ -61,30 +63,36 @@ impl Refusal {
     }
 }
 
-/// Serves one connection of a caller.
-pub(super) async fn serve(worker: Rc<Worker>, stream: TcpStream) -> io::Result<()> {
-    let client = original::plain(stream.peer_addr()?);
-    if let Err(refusal) = accept(worker.clone(), stream, client).await {
+/// Finds out what a caller speaks, to which port, and who it is.
+pub(super) async fn accept(worker: Rc<Worker>, stream: TcpStream) -> Known {
+    let client = match stream.peer_addr() {
+        Ok(client) => original::plain(client),
+        Err(error) => {
+            tracing::debug!(%error, "an inbound connection was gone at once");
+            return Known::Over;
+        }
+    };
+    judge(&worker, stream, client).await.unwrap_or_else(|refusal| {
         worker.metrics.add(Metric::Refused, &["inbound", refusal.word()], 1);
         let said = worker.refusals.borrow_mut().say(Instant::now());
         if let Some(unsaid) = said {
             tracing::warn!(%client, reason = %refusal, unsaid, "inbound connection refused");
         }
-    }
-    Ok(())
+        Known::Over
+    })
 }
 
-async fn accept(worker: Rc<Worker>, stream: TcpStream, client: SocketAddr) -> Result<(), Refusal> {
-    let meant = meant(&worker, &stream)?;
-    let silence = match meant.as_ref().and_then(|app| port(&worker, app)) {
+async fn judge(worker: &Rc<Worker>, stream: TcpStream, client: SocketAddr) -> Result<Known, Refusal> {
+    let meant = meant(worker, &stream)?;
+    let silence = match meant.as_ref().and_then(|app| port(worker, app)) {
         Some((Protocol::Http1 | Protocol::Http2, _)) => IDLE,
         _ => SILENCE,
     };
     match look(&stream, silence).await? {
-        Seen::Closed => Ok(()),
+        Seen::Closed => Ok(Known::Over),
         Seen::Speaks(Detected::Tls(hello)) => encrypted(worker, stream, client, meant, &hello).await,
-        Seen::Speaks(detected) => plaintext(worker, stream, client, meant, Some(detected)).await,
-        Seen::Silent => plaintext(worker, stream, client, meant, None).await,
+        Seen::Speaks(detected) => plaintext(worker, stream, client, meant, Some(detected)),
+        Seen::Silent => plaintext(worker, stream, client, meant, None),
     }
 }
 
@@ -124,12 +132,12 @@ fn port(worker: &Worker, app: &App) -> Option<(Protocol, MtlsMode)> {
 }
 
 async fn encrypted(
-    worker: Rc<Worker>,
+    worker: &Worker,
     stream: TcpStream,
     client: SocketAddr,
     meant: Option<App>,
     hello: &Hello,
-) -> Result<(), Refusal> {
+) -> Result<Known, Refusal> {
     let settings = &worker.proxy.settings;
     let app = match (hello.sni.as_deref().and_then(sni::parse), meant) {
         (Some(named), Some(meant)) if named.port != meant.address.port() => {
@@ -139,19 +147,27 @@ async fn encrypted(
         (Some(named), None) => declared(settings, named.port)?,
         (None, None) => only(settings)?,
     };
-    let (protocol, mode) = port(&worker, &app).ok_or(Refusal::NotConfigured)?;
+    let (protocol, mode) = port(worker, &app).ok_or(Refusal::NotConfigured)?;
     if mode != MtlsMode::Strict && !hello.is_mesh() {
         // The application's own TLS.
-        let info = Inbound { client, app, peer: None };
-        handoff::tcp_inbound(Io::from(stream), info, worker).await;
-        return Ok(());
+        return Ok(Known::inbound(stream, Inbound { client, app, peer: None }, None));
     }
     let identity = worker.proxy.identity.required()?;
-    let (stream, peer) = tls::accept(stream, &identity, HANDSHAKE).await?;
+    let (io, peer, version) = Box::pin(handshake(stream, &identity, protocol)).await?;
     worker.metrics.add(Metric::TlsConnections, &["inbound", peer.identity.as_str()], 1);
     if peer.resumed {
         worker.metrics.add(Metric::TlsResumed, &["inbound"], 1);
     }
+    Ok(Known::inbound(io, Inbound { client, app, peer: Some(Arc::new(peer)) }, version))
+}
+
+/// Accepts mesh TLS. Boxed by its caller, since it is large and soon over.
+async fn handshake(
+    stream: TcpStream,
+    identity: &Identity,
+    protocol: Protocol,
+) -> Result<(Io, Peer, Option<Version>), Refusal> {
+    let (stream, peer) = tls::accept(stream, identity, HANDSHAKE).await?;
     // A declared protocol always wins: a peer may not call HTTP opaque to get around what is judged and filtered as HTTP.
     let version = match (protocol, stream.get_ref().1.alpn_protocol()) {
         (Protocol::Tcp, _) => None,
@@ -159,38 +175,30 @@ async fn encrypted(
         (_, Some(tls::ALPN_HTTP1)) | (Protocol::Http1, _) => Some(Version::Http1),
         (Protocol::Detect, _) => None,
     };
-    let info = Inbound { client, app, peer: Some(Arc::new(peer)) };
-    match version {
-        Some(version) => handoff::http_inbound(Io::from(stream), info, version, worker).await,
-        None => handoff::tcp_inbound(Io::from(stream), info, worker).await,
-    }
-    Ok(())
+    Ok((Io::from(stream), peer, version))
 }
 
-async fn plaintext(
-    worker: Rc<Worker>,
+fn plaintext(
+    worker: &Worker,
     stream: TcpStream,
     client: SocketAddr,
     meant: Option<App>,
     detected: Option<Detected>,
-) -> Result<(), Refusal> {
+) -> Result<Known, Refusal> {
     let app = match meant {
         Some(app) => app,
         None => only(&worker.proxy.settings)?,
     };
-    let (protocol, mode) = port(&worker, &app).ok_or(Refusal::NotConfigured)?;
+    let (protocol, mode) = port(worker, &app).ok_or(Refusal::NotConfigured)?;
     let version = match (protocol, detected) {
         (Protocol::Http1, _) => Some(Version::Http1),
         (Protocol::Http2, _) | (Protocol::Detect, Some(Detected::Http2)) => Some(Version::Http2),
         (Protocol::Detect, Some(Detected::Http1)) => Some(Version::Http1),
         (Protocol::Tcp | Protocol::Detect, _) => None,
     };
-    let info = Inbound { client, app, peer: None };
-    match version {
-        // On a Strict port HTTP is answered with a reason, request by request.
-        Some(version) => handoff::http_inbound(Io::from(stream), info, version, worker).await,
-        None if mode == MtlsMode::Strict => return Err(Refusal::Plaintext),
-        None => handoff::tcp_inbound(Io::from(stream), info, worker).await,
+    if version.is_none() && mode == MtlsMode::Strict {
+        return Err(Refusal::Plaintext);
     }
-    Ok(())
+    // On a Strict port HTTP is answered with a reason, request by request.
+    Ok(Known::inbound(stream, Inbound { client, app, peer: None }, version))
 }

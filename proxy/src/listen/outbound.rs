@@ -10,10 +10,10 @@ use outrigger_core::key::Key;
 use outrigger_core::link::Protocol;
 use tokio::net::TcpStream;
 
+use super::handoff::Known;
 use super::peek::{Seen, look};
-use super::{Outbound, Version, handoff, original};
+use super::{Outbound, Version, original};
 use crate::flags::Intercept;
-use crate::io::Io;
 use crate::metrics::Metric;
 use crate::snapshot::Target;
 use crate::worker::Worker;
@@ -23,39 +23,43 @@ const SILENCE: Duration = Duration::from_millis(250);
 /// How long a connection may stay open before its first request, where only HTTP can come.
 const IDLE: Duration = Duration::from_secs(300);
 
-/// Serves one connection of the application.
-pub(super) async fn serve(worker: Rc<Worker>, stream: TcpStream) -> io::Result<()> {
+/// Finds out what the application speaks on a connection, and to whom.
+pub(super) async fn accept(worker: Rc<Worker>, stream: TcpStream) -> Known {
+    judge(&worker, stream).await.unwrap_or_else(|error| {
+        tracing::debug!(%error, "an outbound connection ended before its protocol was known");
+        Known::Over
+    })
+}
+
+async fn judge(worker: &Worker, stream: TcpStream) -> io::Result<Known> {
     let client = original::plain(stream.peer_addr()?);
     let local = original::plain(stream.local_addr()?);
     if worker.proxy.settings.intercept == Intercept::None {
-        return explicit(worker, stream, client).await;
+        return explicit(stream, client).await;
     }
     let destination = original::destination(&stream, local)?;
-    if destination == local || is_own(&worker, destination, local) {
+    if destination == local || is_own(worker, destination, local) {
         worker.metrics.add(Metric::Refused, &["outbound", "own-port"], 1);
         let said = worker.refusals.borrow_mut().say(Instant::now());
         if let Some(unsaid) = said {
             tracing::warn!(%client, %destination, unsaid, "refused: the destination is this proxy itself");
         }
-        return Ok(());
+        return Ok(Known::Over);
     }
     let info = Outbound { client, destination: Some(destination) };
-    let version = match declared(&worker, destination).await {
+    // Boxed: waiting for discovery is rare and takes room.
+    let version = match Box::pin(declared(worker, destination)).await {
         Protocol::Http1 => Some(Version::Http1),
         Protocol::Http2 => Some(Version::Http2),
         Protocol::Tcp => None,
-        Protocol::Detect => match look(&stream, silence(&worker, destination)).await? {
-            Seen::Closed => return Ok(()),
+        Protocol::Detect => match look(&stream, silence(worker, destination)).await? {
+            Seen::Closed => return Ok(Known::Over),
             Seen::Speaks(Detected::Http1) => Some(Version::Http1),
             Seen::Speaks(Detected::Http2) => Some(Version::Http2),
             Seen::Speaks(Detected::Tls(_) | Detected::Opaque) | Seen::Silent => None,
         },
     };
-    match version {
-        Some(version) => handoff::http_outbound(Io::from(stream), info, version, worker).await,
-        None => handoff::tcp_outbound(Io::from(stream), info, worker).await,
-    }
-    Ok(())
+    Ok(Known::outbound(stream, info, version))
 }
 
 /// Where the server is known to speak first, only a client that has spoken already is listened to.
@@ -65,19 +69,18 @@ fn silence(worker: &Worker, destination: SocketAddr) -> Duration {
 }
 
 /// Without interception only HTTP says where it goes.
-async fn explicit(worker: Rc<Worker>, stream: TcpStream, client: SocketAddr) -> io::Result<()> {
+async fn explicit(stream: TcpStream, client: SocketAddr) -> io::Result<Known> {
     let version = match look(&stream, IDLE).await? {
-        Seen::Closed | Seen::Silent => return Ok(()),
+        Seen::Closed | Seen::Silent => return Ok(Known::Over),
         Seen::Speaks(Detected::Http2) => Version::Http2,
         // Broken HTTP included: it is answered with a reason.
         Seen::Speaks(Detected::Http1 | Detected::Opaque) => Version::Http1,
         Seen::Speaks(Detected::Tls(_)) => {
             tracing::warn!(%client, "refused: TLS on the outbound port; send plaintext HTTP, the sidecar encrypts it");
-            return Ok(());
+            return Ok(Known::Over);
         }
     };
-    handoff::http_outbound(Io::from(stream), Outbound { client, destination: None }, version, worker).await;
-    Ok(())
+    Ok(Known::outbound(stream, Outbound { client, destination: None }, Some(version)))
 }
 
 /// The protocol that discovery declares for a destination. Nothing known: detect, and the data path says why it refuses.

@@ -77,6 +77,11 @@ impl Peer {
         }
     }
 
+    /// When the peer's certificate expires, on the monotonic clock.
+    pub fn deadline(&self) -> Instant {
+        self.deadline
+    }
+
     /// Whether the peer has stopped being trusted at `now`.
     pub fn ended_at(&self, bundle: &Bundle, now: Instant) -> Option<Ended> {
         if now >= self.deadline {
