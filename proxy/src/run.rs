@@ -105,7 +105,10 @@ impl Started {
         let _ = proxy.bound.outbound.set(address(&outbound)?);
         let plugins = plugins(settings)?;
         let (filters, snapshots) = (plugins.clone(), directory.clone());
-        proxy.metrics.collect_with(move |text| filter::prometheus(&snapshots.snapshot().filter_rows(&filters), text));
+        proxy.metrics.collect_with(move |text| {
+            filter::prometheus(&snapshots.snapshot().filter_rows(&filters), text);
+            filters.custom_metrics(text);
+        });
         let (origin, register) = origin(settings, &identity, state, inbound_address, runtime)?;
         runtime.spawn(
             Discovery {

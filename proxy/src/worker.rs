@@ -156,7 +156,11 @@ pub fn start(proxy: &Arc<Proxy>, listeners: Vec<Listeners>) -> io::Result<Vec<Jo
         let (proxy, senders) = (proxy.clone(), senders.clone());
         let thread = std::thread::Builder::new().name(format!("worker-{index}")).stack_size(STACK);
         threads.push(thread.spawn(move || match runtime() {
-            Ok(runtime) => runtime.block_on(run(proxy, index, listeners, mailbox, senders)),
+            Ok(runtime) => runtime.block_on(async {
+                run(proxy, index, listeners, mailbox, senders).await;
+                // It holds the worker.
+                crate::filter::connect(None);
+            }),
             Err(error) => tracing::error!(%error, "a worker has no runtime"),
         })?);
     }
@@ -182,6 +186,7 @@ async fn run(
     others: Vec<mpsc::UnboundedSender<Accepted>>,
 ) {
     let worker = Worker::new(proxy, index);
+    crate::filter::connect(Some(Rc::new(crate::http::Callouts::new(&worker))));
     for (listener, way) in [(listeners.inbound, Way::Inbound), (listeners.outbound, Way::Outbound)] {
         tokio::task::spawn_local(listen::accept(worker.clone(), listener, way, others.clone()));
     }

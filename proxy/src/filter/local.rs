@@ -60,7 +60,7 @@ pub(super) fn is_grpc(headers: &HeaderMap) -> bool {
 }
 
 /// The gRPC status for an HTTP status (the table of gRPC's `http-grpc-status-mapping.md`).
-fn grpc_from_http(status: StatusCode) -> u32 {
+pub(super) fn grpc_from_http(status: StatusCode) -> u32 {
     match status.as_u16() {
         200 => 0,
         400 => 13,

@@ -22,7 +22,7 @@ pub use local::LocalResponse;
 pub use plugin::{Compiler, FilterError, Plugin, Plugins, Settings};
 pub use report::{Health, StatusRow, prometheus};
 pub use stream::{At, Facts, Flow, HeadMut, HeadRef, Lacking, Stream, View, Which};
-pub use wasm::{release_unused, warm};
+pub use wasm::{Answer, AnswerBody, CallOut, Outside, connect, release_unused, warm};
 
 /// Bytes that a filter may put into a body at once.
 pub const WRITE_LIMIT: usize = 16 * 1024 * 1024;

@@ -67,6 +67,7 @@ pub struct Plugin {
     source: mesh::Filter,
     failures: AtomicU64,
     timeouts: AtomicU64,
+    throttled: AtomicU64,
     /// Taken when an instance starts or fails, and for the status: never on the way of a request that goes well.
     slow: Mutex<Slow>,
 }
@@ -76,7 +77,8 @@ struct Slow {
     restart: Restart,
     last_error: Option<String>,
     counters: Vec<Arc<Counters>>,
-    retired: (u64, u64),
+    /// Requests, calls and time of instances that are gone
+    retired: (u64, u64, Duration),
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -127,9 +129,19 @@ impl Plugin {
         }
     }
 
+    /// An exchange went without it, because it has no time left.
+    pub(super) fn throttled(&self) {
+        self.throttled.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// How long the next instance has to wait.
+    pub(super) fn wait(&self) -> Duration {
+        lock(&self.slow).restart.wait(Instant::now()).unwrap_or_default()
+    }
+
     /// Enters an instance, or starts one.
     pub(super) fn start(&self, shared: Option<Rc<Instance>>) -> Result<Entered, Failure> {
-        let counters = Arc::<Counters>::default();
+        let counters = Arc::new(Counters::new(self.ready.spec.cpu_share));
         let entered = self.ready.start(shared, Arc::clone(&counters))?;
         let mut slow = lock(&self.slow);
         slow.settle();
@@ -173,7 +185,9 @@ impl Plugin {
             calls: slow.retired.1 + sum(|counters| &counters.calls),
             failures: self.failures.load(Ordering::Relaxed),
             timeouts: self.timeouts.load(Ordering::Relaxed),
+            throttled: self.throttled.load(Ordering::Relaxed),
             memory_bytes: sum(|counters| &counters.memory),
+            cpu_ms: slow.cpu_ms(),
             last_error: slow.last_error.clone(),
             refused: None,
         }
@@ -189,9 +203,15 @@ impl Slow {
             if !alive {
                 retired.0 += counters.requests.load(Ordering::Relaxed);
                 retired.1 += counters.calls.load(Ordering::Relaxed);
+                retired.2 += counters.meter.used();
             }
             alive
         });
+    }
+
+    fn cpu_ms(&self) -> u64 {
+        let time: Duration = self.counters.iter().map(|counters| counters.meter.used()).sum();
+        u64::try_from((self.retired.2 + time).as_millis()).unwrap_or(u64::MAX)
     }
 }
 
@@ -276,8 +296,14 @@ impl Plugins {
             source: spec.clone(),
             failures: AtomicU64::new(0),
             timeouts: AtomicU64::new(0),
-            slow: Mutex::new(Slow { restart, last_error: None, counters: Vec::new(), retired: (0, 0) }),
+            throttled: AtomicU64::new(0),
+            slow: Mutex::new(Slow { restart, last_error: None, counters: Vec::new(), retired: (0, 0, Duration::ZERO) }),
         }))
+    }
+
+    /// Appends the metrics that filters define, in Prometheus' text format.
+    pub fn custom_metrics(&self, text: &mut String) {
+        self.runtime.metrics.prometheus(text);
     }
 
     /// Rows of `/filters`, by namespace and name. A version that only drains is not listed; what was refused is, even after its

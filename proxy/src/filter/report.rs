@@ -54,8 +54,12 @@ pub struct StatusRow {
     pub failures: u64,
     /// Of these, the ones that ran too long
     pub timeouts: u64,
+    /// Exchanges that went without it because its share of CPU was used up
+    pub throttled: u64,
     /// Linear memory of all instances, bytes
     pub memory_bytes: u64,
+    /// Time that its callbacks took so far, milliseconds; sampled
+    pub cpu_ms: u64,
     /// The last failure
     pub last_error: Option<String>,
     /// Why the newest version is not the one that serves
@@ -75,7 +79,9 @@ impl StatusRow {
             calls: 0,
             failures: 0,
             timeouts: 0,
+            throttled: 0,
             memory_bytes: 0,
+            cpu_ms: 0,
             last_error: None,
             refused: Some(why.to_owned()),
         }
@@ -85,7 +91,7 @@ impl StatusRow {
 /// Appends the rows as Prometheus families.
 pub fn prometheus(rows: &[StatusRow], text: &mut String) {
     type Value = fn(&StatusRow) -> u64;
-    let families: [(&str, &str, &str, Value); 6] = [
+    let families: [(&str, &str, &str, Value); 7] = [
         ("outrigger_filter_calls_total", "counter", "Requests and connections that a filter was run on.", |row| {
             row.requests
         }),
@@ -96,12 +102,19 @@ pub fn prometheus(rows: &[StatusRow], text: &mut String) {
             |row| row.failures,
         ),
         ("outrigger_filter_timeouts_total", "counter", "Of the failures, those that ran too long.", |row| row.timeouts),
+        (
+            "outrigger_filter_throttled_total",
+            "counter",
+            "Exchanges that went without it because its share of CPU was used up.",
+            |row| row.throttled,
+        ),
         ("outrigger_filter_instances", "gauge", "Live instances.", |row| row.instances as u64),
         ("outrigger_filter_memory_bytes", "gauge", "Linear memory of all instances.", |row| row.memory_bytes),
         ("outrigger_filter_refused", "gauge", "1: the newest version was refused.", |row| {
             u64::from(row.refused.is_some())
         }),
     ];
+    cpu(rows, text);
     // Writing to a String cannot fail.
     for (name, kind, help, value) in families {
         let _ = writeln!(text, "# HELP {name} {help}\n# TYPE {name} {kind}");
@@ -116,6 +129,14 @@ pub fn prometheus(rows: &[StatusRow], text: &mut String) {
             let (label, is) = (label(row), u8::from(row.health == state));
             let _ = writeln!(text, "outrigger_filter_health{{{label},state=\"{}\"}} {is}", state.name());
         }
+    }
+}
+
+fn cpu(rows: &[StatusRow], text: &mut String) {
+    let name = "outrigger_filter_cpu_seconds_total";
+    let _ = writeln!(text, "# HELP {name} Time that callbacks took, sampled.\n# TYPE {name} counter");
+    for row in rows {
+        let _ = writeln!(text, "{name}{{{}}} {}.{:03}", label(row), row.cpu_ms / 1000, row.cpu_ms % 1000);
     }
 }
 

@@ -5,12 +5,15 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use ::http::{Response, request};
+use futures_util::future::LocalBoxFuture;
 use outrigger_core::key::ServiceKey;
+use outrigger_core::reason::Reason;
 
 use super::body::{BodyError, ResponseBody};
 use super::exchange::{Exchange, Running};
 use super::made::Made;
 use super::{Connection, ConnectionInfo, outbound, response};
+use crate::filter::{Answer, AnswerBody, CallOut, Outside};
 use crate::listen::{self, Version};
 use crate::worker::Worker;
 
@@ -37,27 +40,34 @@ impl Callouts {
         let info = ConnectionInfo::Outbound(listen::Outbound { client, destination: None });
         Self { connection: Rc::new(Connection::new(info, Version::Http1, worker.clone())) }
     }
+}
 
-    /// Makes a request; the response is what a client of this proxy would get, so that failures are responses too. Dropping the
-    /// future or the body ends the call.
-    ///
-    /// # Errors
-    /// The stream was reset.
-    pub(crate) async fn send(
-        &self,
-        place: Place,
-        head: request::Parts,
-        body: Made,
-        timeout: Duration,
-    ) -> Result<Response<ResponseBody>, BodyError> {
-        let running = Running::new(&self.connection);
-        let mut exchange = Box::new(Exchange::new(self.connection.clone(), &head));
-        let hops = response::Hops::of(&head);
-        let sending = outbound::call_out(&mut exchange, &place.service, place.port, head, body);
-        let answer = match tokio::time::timeout(timeout, sending).await {
-            Ok(answer) => answer,
-            Err(_) => Err(outrigger_core::reason::Reason::RequestTimeout.into()),
-        };
-        exchange.conclude(answer, &hops, running)
+impl Outside for Callouts {
+    /// The response is what a client of this proxy would get, so that failures are responses too.
+    fn send(&self, call: CallOut) -> LocalBoxFuture<'static, Answer> {
+        let connection = self.connection.clone();
+        Box::pin(async move {
+            let CallOut { place, head, body, timeout, .. } = call;
+            let response = send(connection, place, head, body, timeout).await?;
+            Ok(response.map(|body| -> AnswerBody { Box::pin(body) }))
+        })
     }
+}
+
+async fn send(
+    connection: Rc<Connection>,
+    place: Place,
+    head: request::Parts,
+    body: Made,
+    timeout: Duration,
+) -> Result<Response<ResponseBody>, BodyError> {
+    let running = Running::new(&connection);
+    let mut exchange = Box::new(Exchange::new(connection, &head));
+    let hops = response::Hops::of(&head);
+    let sending = outbound::call_out(&mut exchange, &place.service, place.port, head, body);
+    let answer = match tokio::time::timeout(timeout, sending).await {
+        Ok(answer) => answer,
+        Err(_) => Err(Reason::RequestTimeout.into()),
+    };
+    exchange.conclude(answer, &hops, running)
 }

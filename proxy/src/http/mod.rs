@@ -2,7 +2,6 @@
 
 mod attempt;
 mod body;
-#[allow(dead_code, reason = "the host functions that use it follow")]
 mod callout;
 mod exchange;
 mod facts;
@@ -10,7 +9,6 @@ mod filtered;
 mod head;
 mod idle;
 mod inbound;
-#[allow(dead_code, reason = "the host functions that use it follow")]
 mod made;
 mod outbound;
 mod request;
@@ -20,6 +18,9 @@ mod serve;
 #[cfg(test)]
 mod tests;
 mod upgrade;
+
+pub(crate) use callout::{Callouts, Place};
+pub(crate) use made::{Feed, Made};
 
 pub use body::{ReplayBuffer, RequestBody, ResponseBody};
 pub use idle::Connections;

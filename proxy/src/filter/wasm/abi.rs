@@ -3,7 +3,6 @@
 /// What a host function returns to the guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(i32)]
-#[allow(dead_code, reason = "the host functions that use it follow")]
 pub(super) enum Status {
     Ok = 0,
     NotFound = 1,

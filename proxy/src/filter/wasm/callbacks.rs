@@ -48,7 +48,22 @@ pub(super) struct Callbacks {
     pub(super) done: Option<TypedFunc<u32, u32>>,
     pub(super) log: Option<TypedFunc<u32, ()>>,
     pub(super) delete: Option<TypedFunc<u32, ()>>,
+    pub(super) root: RootCallbacks,
 }
+
+/// Callbacks of root contexts, but their start and end.
+pub(super) struct RootCallbacks {
+    pub(super) tick: Option<TypedFunc<u32, ()>>,
+    pub(super) queue_ready: Option<TypedFunc<Ids, ()>>,
+    pub(super) http_answer: Option<OnAnswer>,
+    pub(super) grpc_initial: Option<OnGrpc>,
+    pub(super) grpc_message: Option<OnGrpc>,
+    pub(super) grpc_trailing: Option<OnGrpc>,
+    pub(super) grpc_close: Option<OnGrpc>,
+}
+
+type OnGrpc = TypedFunc<(u32, u32, u32), ()>;
+type OnAnswer = TypedFunc<(u32, u32, u32, u32, u32), ()>;
 
 fn find<P: wasmtime::WasmParams, R: wasmtime::WasmResults>(
     store: &mut Store<Host>,
@@ -92,6 +107,15 @@ impl Callbacks {
             done: find(store, instance, "proxy_on_done")?,
             log: find(store, instance, "proxy_on_log")?,
             delete: find(store, instance, "proxy_on_delete")?,
+            root: RootCallbacks {
+                tick: find(store, instance, "proxy_on_tick")?,
+                queue_ready: find(store, instance, "proxy_on_queue_ready")?,
+                http_answer: find(store, instance, "proxy_on_http_call_response")?,
+                grpc_initial: find(store, instance, "proxy_on_grpc_receive_initial_metadata")?,
+                grpc_message: find(store, instance, "proxy_on_grpc_receive")?,
+                grpc_trailing: find(store, instance, "proxy_on_grpc_receive_trailing_metadata")?,
+                grpc_close: find(store, instance, "proxy_on_grpc_close")?,
+            },
         })
     }
 

@@ -2,8 +2,8 @@
 
 use std::io::Read as _;
 
-use flate2::Compression;
-use flate2::read::{ZlibDecoder, ZlibEncoder};
+use flate2::read::ZlibEncoder;
+use flate2::{Compression, Decompress, FlushDecompress};
 
 use super::abi::Status;
 
@@ -31,18 +31,27 @@ pub(super) fn call(name: &[u8], argument: &[u8]) -> Result<Vec<u8>, Status> {
 
 /// zlib (RFC 1950).
 fn compress(bytes: &[u8]) -> Result<Vec<u8>, Status> {
-    drain(ZlibEncoder::new(bytes, Compression::default()))
-}
-
-fn uncompress(bytes: &[u8]) -> Result<Vec<u8>, Status> {
-    drain(ZlibDecoder::new(bytes))
-}
-
-fn drain(reader: impl std::io::Read) -> Result<Vec<u8>, Status> {
     let mut out = Vec::new();
-    let most = LIMIT as u64 + 1;
-    reader.take(most).read_to_end(&mut out).map_err(|_| Status::SerializationFailure)?;
+    let mut reader = ZlibEncoder::new(bytes, Compression::default());
+    reader.read_to_end(&mut out).map_err(|_| Status::SerializationFailure)?;
     if out.len() > LIMIT { Err(Status::SerializationFailure) } else { Ok(out) }
+}
+
+/// Whole streams only: flate2's reader takes one that is cut off for its end.
+fn uncompress(bytes: &[u8]) -> Result<Vec<u8>, Status> {
+    let (mut state, mut out) = (Decompress::new(true), Vec::new());
+    loop {
+        out.reserve(out.len().clamp(1024, LIMIT));
+        let before = (state.total_in(), state.total_out());
+        let rest = usize::try_from(before.0).ok().and_then(|read| bytes.get(read..)).unwrap_or_default();
+        let status = state.decompress_vec(rest, &mut out, FlushDecompress::None);
+        let moved = before != (state.total_in(), state.total_out());
+        match status {
+            Ok(flate2::Status::StreamEnd) if out.len() <= LIMIT => return Ok(out),
+            Ok(flate2::Status::Ok | flate2::Status::BufError) if moved && out.len() <= LIMIT => {}
+            _ => return Err(Status::SerializationFailure),
+        }
+    }
 }
 
 #[cfg(test)]
@@ -55,7 +64,9 @@ mod tests {
         let packed = call(b"compress", &text).unwrap();
         assert!(packed.len() < 200 && packed[0] == 0x78, "{packed:?}");
         assert_eq!(call(b"uncompress", &packed).unwrap(), text);
-        assert_eq!(call(b"uncompress", b"no zlib"), Err(Status::SerializationFailure));
+        for bad in [&b"no zlib"[..], b"x", b"", &packed[..packed.len() - 1]] {
+            assert_eq!(call(b"uncompress", bad), Err(Status::SerializationFailure), "{bad:?}");
+        }
         let mut bomb = Vec::new();
         ZlibEncoder::new(&vec![0; LIMIT + 1][..], Compression::default()).read_to_end(&mut bomb).unwrap();
         assert_eq!(call(b"uncompress", &bomb), Err(Status::SerializationFailure));

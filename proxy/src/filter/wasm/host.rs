@@ -7,15 +7,22 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
+use http::{HeaderMap, response};
+use outrigger_core::key::ServiceKey;
 use outrigger_proto::mesh;
 use wasmtime::{Caller, Memory, ResourceLimiter, TypedFunc};
 
-use super::super::{Stream, View};
+use super::super::{Plugin, Stream, View};
 use super::abi::{Abi, Status};
-use super::ticker::Budget;
+use super::callouts::Calls;
+use super::counting::{FilterMetrics, MetricIds};
+use super::shared::{Inbox, Vm};
+use super::ticker::{Budget, Meter};
+use crate::http::Place;
 
 /// What a plugin's instances have in common.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(in super::super) struct Spec {
     /// `<namespace>/<name>`
     pub(in super::super) name: String,
@@ -31,6 +38,15 @@ pub(in super::super) struct Spec {
     pub(in super::super) memory: usize,
     /// CPU time of a callback
     pub(in super::super) call_time: Duration,
+    /// Millionths of a worker's time; 0: all
+    pub(in super::super) cpu_share: u32,
+    /// Calls outstanding in one instance
+    pub(super) callouts: usize,
+    /// Services that calls reach, by the names they use
+    pub(super) upstreams: HashMap<String, Place>,
+    /// What instances share
+    pub(super) vm: Arc<Vm>,
+    pub(super) metrics: Arc<FilterMetrics>,
     pub(super) abi: Abi,
 }
 
@@ -38,12 +54,18 @@ pub(in super::super) struct Spec {
 const MEMORY: u64 = 64 * 1024 * 1024;
 const CALL_TIME: u64 = 5;
 const BODY: u64 = 64 * 1024;
+const CALLOUTS: u32 = 16;
 
 impl Spec {
-    pub(super) fn of(source: &mesh::Filter, abi: Abi) -> Self {
+    pub(super) fn of(source: &mesh::Filter, abi: Abi, vm: Arc<Vm>, metrics: Arc<FilterMetrics>) -> Self {
         let or = |value: u64, default: u64| if value == 0 { default } else { value };
         let mut environment: Vec<_> = source.environment.clone().into_iter().collect();
         environment.sort();
+        let place = |upstream: &mesh::filter::Upstream| Place {
+            service: ServiceKey { namespace: upstream.namespace.clone(), name: upstream.name.clone() },
+            port: u16::try_from(upstream.port).ok().filter(|port| *port != 0),
+        };
+        let callouts = if source.callouts == 0 { CALLOUTS } else { source.callouts };
         Self {
             name: format!("{}/{}", source.namespace, source.name),
             root_id: source.root_id.clone(),
@@ -55,26 +77,52 @@ impl Spec {
             body: usize::try_from(or(source.body, BODY)).unwrap_or(usize::MAX),
             memory: usize::try_from(or(source.memory, MEMORY)).unwrap_or(usize::MAX),
             call_time: Duration::from_millis(or(source.call_time_ms, CALL_TIME)),
+            cpu_share: source.cpu_share_ppm,
+            callouts: usize::try_from(callouts).unwrap_or(usize::MAX),
+            upstreams: source.upstreams.iter().map(|(name, upstream)| (name.clone(), place(upstream))).collect(),
+            vm,
+            metrics,
             abi,
         }
     }
 
+    /// The same for a throw-away instance: what it shares and counts is seen by nobody.
+    pub(super) fn for_trial(&self) -> Self {
+        Self { vm: Vm::alone(), metrics: Arc::new(FilterMetrics::alone(&self.name)), ..self.clone() }
+    }
+
     /// What has to be equal in plugins that share an instance.
     pub(super) fn vm_key(&self, sha256: &str) -> String {
-        format!("{}\0{sha256}\0{:?}\0{:?}\0{}", self.vm_id, self.vm_configuration, self.environment, self.memory)
+        let namespace = self.name.split('/').next().unwrap_or_default();
+        format!(
+            "{namespace}\0{}\0{sha256}\0{:?}\0{:?}\0{}",
+            self.vm_id, self.vm_configuration, self.environment, self.memory
+        )
     }
 }
 
 /// Counters of one instance; written by its worker only, read by anyone.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 #[repr(align(64))]
 pub(in super::super) struct Counters {
     pub(in super::super) requests: AtomicU64,
     pub(in super::super) calls: AtomicU64,
     pub(in super::super) memory: AtomicU64,
+    /// The time it uses
+    pub(in super::super) meter: Arc<Meter>,
 }
 
 impl Counters {
+    /// Of an instance that may use this share of its worker's time: millionths; 0: all.
+    pub(in super::super) fn new(share: u32) -> Self {
+        Self {
+            requests: AtomicU64::new(0),
+            calls: AtomicU64::new(0),
+            memory: AtomicU64::new(0),
+            meter: Meter::new(share),
+        }
+    }
+
     /// Adds to a counter that only this thread writes.
     pub(super) fn bump(counter: &AtomicU64, by: u64) {
         counter.store(counter.load(Ordering::Relaxed).wrapping_add(by), Ordering::Relaxed);
@@ -167,6 +215,8 @@ pub(super) struct Root {
     pub(super) counters: Arc<Counters>,
     /// It called `proxy_done`
     pub(super) done: bool,
+    /// To whom its failures are told
+    pub(super) plugin: std::sync::Weak<Plugin>,
 }
 
 /// A live context.
@@ -183,6 +233,19 @@ impl Context {
         let (stream, index) = self.stream.as_ref()?;
         Some(View { stream: stream.upgrade()?, index: *index })
     }
+}
+
+/// What a callback of a root context is told, readable while it runs.
+#[derive(Debug, Default)]
+pub(super) struct Delivery {
+    /// Map 6: the head of an answer
+    pub(super) head: Option<response::Parts>,
+    /// Map 4, 5 or 7, by its number
+    pub(super) fields: Option<(u32, HeaderMap)>,
+    /// Buffer 4 or 5, by its number
+    pub(super) body: Option<(u32, Bytes)>,
+    /// Status and its message
+    pub(super) status: Option<(u32, String)>,
 }
 
 /// The data of a store.
@@ -212,6 +275,14 @@ pub(super) struct Host {
     /// The stream of the callback's own context
     pub(super) own: Option<View>,
     pub(super) log: LogLimit,
+    pub(super) metrics: MetricIds,
+    pub(super) calls: Calls,
+    /// What the callback is told
+    pub(super) delivery: Option<Delivery>,
+    /// Words of other workers
+    pub(super) inbox: Arc<Inbox>,
+    /// Values of properties are made here
+    pub(super) scratch: Vec<u8>,
 }
 
 impl Host {
@@ -233,12 +304,28 @@ impl Host {
             view: None,
             own: None,
             log: LogLimit::default(),
+            metrics: MetricIds::default(),
+            calls: Calls::default(),
+            delivery: None,
+            inbox: Arc::default(),
+            scratch: Vec::new(),
         }
     }
 
     /// The plugin that the current callback belongs to.
     pub(super) fn plugin(&self) -> &Arc<Spec> {
         self.roots.get(self.root).map_or(&self.spec, |root| &root.spec)
+    }
+
+    /// The root context that the current callback belongs to.
+    pub(super) fn root_id(&self) -> u32 {
+        self.roots.get(self.root).map_or(0, |root| root.id)
+    }
+
+    /// What counts the time of the plugin `root`; `None`: of the start.
+    pub(super) fn meter(&self, root: Option<usize>) -> &Meter {
+        let counters = root.and_then(|root| self.roots.get(root)).map_or(&self.limiter.counters, |root| &root.counters);
+        &counters.meter
     }
 
     /// Begins a callback of a context of the plugin `root`, in a stream or not.
@@ -261,6 +348,7 @@ impl Host {
     pub(super) fn end(&mut self) {
         self.view = None;
         self.own = None;
+        self.delivery = None;
     }
 
     /// Chooses the context that the following host calls are about; 0 is the callback's own. False: there is none of this number, or
@@ -383,6 +471,13 @@ pub(super) fn slice(memory: &[u8], ptr: u32, len: u32) -> Result<&[u8], Status> 
     let end = u64::from(ptr) + u64::from(len);
     let range = usize::try_from(ptr).ok().zip(usize::try_from(end).ok()).ok_or(Status::InvalidMemoryAccess)?;
     memory.get(range.0..range.1).ok_or(Status::InvalidMemoryAccess)
+}
+
+/// Whether the guest has memory for a result there.
+pub(super) fn check(caller: &mut Caller<'_, Host>, ptr: u32, len: u32) -> Call {
+    let (memory, _) = split(caller)?;
+    slice(memory, ptr, len)?;
+    Ok(())
 }
 
 /// A copy of guest memory.

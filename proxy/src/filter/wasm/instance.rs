@@ -2,7 +2,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::rc::Rc;
+use std::rc::{Rc, Weak};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -12,6 +12,7 @@ use wasmtime::{Instance as WasmInstance, InstancePre, Store, Trap, TypedFunc, Up
 use super::super::{Event, Flow, View};
 use super::callbacks::Callbacks;
 use super::host::{Context, Counters, Host, Phase, Root, Spec};
+use super::outside::Tasks;
 use super::ticker::{Ticker, Watch};
 
 /// Start-up may take this many times a callback's time.
@@ -37,6 +38,9 @@ pub(in super::super) struct Instance {
     inner: RefCell<Inner>,
     dead: Cell<bool>,
     watch: Watch,
+    me: Weak<Self>,
+    /// What goes on for it outside of callbacks
+    pub(super) tasks: RefCell<Tasks>,
 }
 
 fn start_limit(spec: &Spec) -> Duration {
@@ -50,7 +54,7 @@ impl Instance {
         ticker: &Arc<Ticker>,
         spec: &Arc<Spec>,
         counters: Arc<Counters>,
-    ) -> Result<Self, Failure> {
+    ) -> Result<Rc<Self>, Failure> {
         let mut store = Store::new(pre.module().engine(), Host::new(Arc::clone(spec), counters));
         store.limiter(|host| &mut host.limiter);
         store.epoch_deadline_callback(|mut context| {
@@ -63,7 +67,7 @@ impl Instance {
         });
         let ending = || Failure { message: "the thread is ending".into(), timeout: false };
         let watch = Watch::of(ticker).ok_or_else(ending)?;
-        let instance = guarded(&watch, &mut store, |store| {
+        let instance = guarded(&watch, &mut store, None, |store| {
             store.data_mut().budget.arm(start_limit(spec));
             let instance = pre.instantiate(&mut *store)?;
             adopt(store, &instance)?;
@@ -83,7 +87,13 @@ impl Instance {
         let callbacks = Callbacks::of(&mut store, &instance)
             .map_err(|error| Failure { message: format!("{error:#}"), timeout: false })?;
         let inner = Inner { store, callbacks: Rc::new(callbacks), next: 1 };
-        Ok(Self { inner: RefCell::new(inner), dead: Cell::new(false), watch })
+        Ok(Rc::new_cyclic(|me| Self {
+            inner: RefCell::new(inner),
+            dead: Cell::new(false),
+            watch,
+            me: Weak::clone(me),
+            tasks: RefCell::default(),
+        }))
     }
 
     /// True: it failed.
@@ -120,15 +130,28 @@ impl Instance {
         view: Option<View>,
         f: impl FnOnce(&mut Store<Host>, &Callbacks) -> wasmtime::Result<R>,
     ) -> Result<R, Failure> {
-        self.with(|inner| {
+        let (result, orders) = self.with(|inner| {
             let Inner { store, callbacks, .. } = inner;
-            let result = guarded(&self.watch, store, |store| {
+            let result = guarded(&self.watch, store, Some(root), |store| {
                 store.data_mut().begin(context, root, phase, view);
                 f(store, callbacks)
             });
-            store.data_mut().end();
-            result
-        })
+            let host = store.data_mut();
+            host.end();
+            result.map(|result| (result, std::mem::take(&mut host.calls.orders)))
+        })?;
+        if !orders.is_empty()
+            && let Some(me) = self.me.upgrade()
+        {
+            self.tasks.borrow_mut().dispatch(&me, orders);
+        }
+        Ok(result)
+    }
+
+    /// The host's data, between callbacks.
+    pub(super) fn host<R>(&self, f: impl FnOnce(&mut Host) -> R) -> Option<R> {
+        let mut inner = self.inner.try_borrow_mut().ok()?;
+        Some(f(inner.store.data_mut()))
     }
 
     /// Adds a plugin: a root context, created, started and configured. Its index.
@@ -136,7 +159,7 @@ impl Instance {
         let (id, root) = self.with(|inner| {
             let id = take_id(inner);
             let host = inner.store.data_mut();
-            let root = Root { id, spec: Arc::clone(spec), counters, done: false };
+            let root = Root { id, spec: Arc::clone(spec), counters, done: false, plugin: std::sync::Weak::new() };
             let index = match host.roots.iter().position(|root| root.id == 0) {
                 Some(free) => {
                     if let Some(place) = host.roots.get_mut(free) {
@@ -212,6 +235,7 @@ impl Instance {
                 root.id = 0;
             }
         }
+        self.tasks.borrow_mut().forget(id);
         result
     }
 
@@ -312,9 +336,10 @@ impl Drop for Instance {
 fn guarded<R>(
     watch: &Watch,
     store: &mut Store<Host>,
+    root: Option<usize>,
     f: impl FnOnce(&mut Store<Host>) -> wasmtime::Result<R>,
 ) -> Result<R, Failure> {
-    let _in_call = watch.enter();
+    let _in_call = watch.enter(store.data().meter(root));
     store.set_epoch_deadline(1);
     let result = catch_unwind(AssertUnwindSafe(|| f(store)));
     match result {

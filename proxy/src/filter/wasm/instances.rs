@@ -69,6 +69,7 @@ fn enter(plugin: &Arc<Plugin>) -> Result<Entered, String> {
         plugin.failed(failure.message, failure.timeout);
         message
     })?;
+    entered.instance.bind(entered.root, plugin);
     WORKER.with_borrow_mut(|worker| {
         worker.known.retain(|known| known.id != plugin.id());
         worker.known.push(Known { id: plugin.id(), plugin: Arc::downgrade(plugin), entered: entered.clone() });

@@ -65,7 +65,7 @@ fn empty(linker: &Linker<Host>, module: &Module, hollow: &[String]) -> wasmtime:
 }
 
 /// Callbacks that are called, and their parameters and results.
-const CALLBACKS: [(&str, usize, usize); 22] = [
+const CALLBACKS: [(&str, usize, usize); 29] = [
     ("malloc", 1, 1),
     ("proxy_on_memory_allocate", 1, 1),
     ("_initialize", 0, 0),
@@ -84,6 +84,13 @@ const CALLBACKS: [(&str, usize, usize); 22] = [
     ("proxy_on_upstream_data", 3, 1),
     ("proxy_on_downstream_connection_close", 2, 0),
     ("proxy_on_upstream_connection_close", 2, 0),
+    ("proxy_on_tick", 1, 0),
+    ("proxy_on_queue_ready", 2, 0),
+    ("proxy_on_http_call_response", 5, 0),
+    ("proxy_on_grpc_receive_initial_metadata", 3, 0),
+    ("proxy_on_grpc_receive", 3, 0),
+    ("proxy_on_grpc_receive_trailing_metadata", 3, 0),
+    ("proxy_on_grpc_close", 3, 0),
     ("proxy_on_done", 1, 1),
     ("proxy_on_log", 1, 0),
     ("proxy_on_delete", 1, 0),

@@ -4,13 +4,13 @@
 //! of the ABI that is not served links and answers `Unimplemented` (12), with a line in the log.
 
 mod abi;
+mod buffers;
 mod cache;
 mod callbacks;
+mod callouts;
 mod calls;
-#[allow(dead_code, reason = "the host functions that use it follow")]
 mod counting;
 mod engine;
-#[allow(dead_code, reason = "the host functions that use it follow")]
 mod foreign;
 mod headers;
 mod host;
@@ -18,10 +18,13 @@ mod instance;
 mod instances;
 mod load;
 mod mapped;
+mod maps;
+mod outside;
 mod properties;
 mod restart;
-#[allow(dead_code, reason = "the host functions that use it follow")]
+mod root;
 mod shared;
+mod sharing;
 mod stream;
 #[cfg(test)]
 mod tests;
@@ -30,6 +33,7 @@ mod wasi;
 
 pub use cache::compile_main;
 pub use instances::{release_unused, warm};
+pub use outside::{Answer, AnswerBody, CallOut, Outside, connect};
 
 pub(super) use cache::Cache;
 pub(super) use host::Counters;
@@ -56,6 +60,9 @@ pub(super) struct Runtime {
     ticker: Arc<ticker::Ticker>,
     linkers: load::Linkers,
     pub(super) cache: Cache,
+    vms: Arc<shared::Vms>,
+    /// What filters count
+    pub(super) metrics: counting::GuestMetrics,
 }
 
 /// A module that is ready to be instantiated, with what its instances share.
@@ -81,7 +88,8 @@ impl Runtime {
         let ticker = ticker::Ticker::start(&engine)
             .map_err(|error| FilterError::Io("the thread that limits filters' time".into(), error))?;
         let linkers = load::Linkers::new(&engine, hollow).map_err(refused)?;
-        Ok(Self { cache: Cache::open(cache, &engine)?, ticker, linkers, engine })
+        let cache = Cache::open(cache, &engine)?;
+        Ok(Self { cache, ticker, linkers, engine, vms: Arc::default(), metrics: counting::GuestMetrics::default() })
     }
 
     /// Compiles a module into the cache.
@@ -98,11 +106,14 @@ impl Runtime {
     pub(super) fn ready(&self, source: &mesh::Filter) -> Result<Ready, FilterError> {
         let module = self.cache.map(&self.engine, &source.sha256)?;
         let (abi, pre) = self.linkers.resolve(&module).map_err(FilterError::Refused)?;
-        let spec = Arc::new(Spec::of(source, abi));
+        let name = format!("{}/{}", source.namespace, source.name);
+        let vm = self.vms.join(&source.namespace, &source.vm_id, &source.name);
+        let spec = Arc::new(Spec::of(source, abi, vm, self.metrics.of(&name)));
         let shared = (!spec.vm_id.is_empty()).then(|| spec.vm_key(&source.sha256).into());
         let ready = Ready { pre, ticker: Arc::clone(&self.ticker), spec, interest: interest(&module), shared };
         ready
-            .start(None, Arc::default())
+            .enter(None, &Arc::new(ready.spec.for_trial()), Arc::new(Counters::new(0)))
+            // Nobody hears of it, its own end included.
             .map(drop)
             .map_err(|failure| FilterError::Refused(format!("the filter does not start: {}", failure.message)))?;
         Ok(ready)
@@ -112,11 +123,21 @@ impl Runtime {
 impl Ready {
     /// A place in a shared instance, or a new instance for the calling thread.
     pub(super) fn start(&self, shared: Option<Rc<Instance>>, counters: Arc<Counters>) -> Result<Entered, Failure> {
+        self.ticker.watch(&counters.meter);
+        self.enter(shared, &self.spec, counters)
+    }
+
+    fn enter(
+        &self,
+        shared: Option<Rc<Instance>>,
+        spec: &Arc<Spec>,
+        counters: Arc<Counters>,
+    ) -> Result<Entered, Failure> {
         let instance = match shared {
             Some(instance) => instance,
-            None => Rc::new(Instance::start(&self.pre, &self.ticker, &self.spec, Arc::clone(&counters))?),
+            None => Instance::start(&self.pre, &self.ticker, spec, Arc::clone(&counters))?,
         };
-        let root = instance.add_root(&self.spec, counters)?;
+        let root = instance.add_root(spec, counters)?;
         Ok(Entered { instance, root })
     }
 }

@@ -1,159 +1,204 @@
-//! Properties: what guests may ask about the exchange, by the names that Envoy's modules use.
+//! Properties: what guests may ask about the exchange, by the names that Envoy's modules use, and by our own under `outrigger`.
 
+use std::io::Write as _;
 use std::net::SocketAddr;
 use std::time::UNIX_EPOCH;
 
-use http::{HeaderMap, Version, request};
+use http::{HeaderMap, Version, header, request};
 
 use super::super::{ConnectionFacts, Facts, StreamInfo};
 use super::abi::Status;
-use super::headers::Head;
-use super::host::Host;
+use super::headers::{self, Head};
+use super::host::{Host, Phase};
 
-type Value = Result<Vec<u8>, Status>;
+type Done = Result<(), Status>;
 
-/// The value of a path of NUL-separated segments. Numbers are 8 bytes little-endian, truth one byte, times nanoseconds.
-pub(super) fn get(host: &Host, path: &[u8]) -> Value {
+/// Where the value goes. Numbers are 8 bytes little-endian, truth one byte, times nanoseconds.
+type Out<'a> = &'a mut Vec<u8>;
+
+/// Writes the value of a path of NUL-separated segments; a NUL at its end does not count.
+///
+/// # Errors
+/// `NotFound`: there is none now. `SerializationFailure`: the path is empty, or of a node that has children.
+pub(super) fn get(host: &Host, path: &[u8], out: Out<'_>) -> Done {
     let path = path.strip_suffix(&[0]).unwrap_or(path);
     if path.is_empty() {
         return Err(Status::SerializationFailure);
     }
     let text = std::str::from_utf8(path).map_err(|_| Status::NotFound)?;
-    let mut segments = text.splitn(2, '\0');
-    let (head, rest) = (segments.next().unwrap_or_default(), segments.next());
+    let (head, rest) = text.split_once('\0').map_or((text, None), |(head, rest)| (head, Some(rest)));
     let plugin = host.plugin();
     match (head, rest) {
-        ("plugin_name", None) => return text_value(&plugin.name),
-        ("plugin_root_id", None) => return text_value(&plugin.root_id),
-        ("plugin_vm_id", None) => return text_value(&plugin.vm_id),
+        ("plugin_name", None) => return put(out, &plugin.name),
+        ("plugin_root_id", None) => return put(out, &plugin.root_id),
+        ("plugin_vm_id", None) => return put(out, &plugin.vm_id),
         _ => {}
     }
     let view = host.view.as_ref().ok_or(Status::NotFound)?;
-    view.facts(|facts| of_stream(facts, path, head, rest))
+    view.facts(|facts| of_stream(facts, host.phase, path, (head, rest), out))
 }
 
-fn of_stream(facts: &Facts<'_>, path: &[u8], head: &str, rest: Option<&str>) -> Value {
+fn of_stream(facts: &Facts<'_>, phase: Phase, path: &[u8], name: (&str, Option<&str>), out: Out<'_>) -> Done {
     let (info, state) = (facts.info, facts.state);
-    match (head, rest) {
-        ("request" | "response" | "source" | "destination" | "connection" | "upstream", None) => {
-            Err(Status::SerializationFailure)
-        }
-        ("request", Some(name)) => facts.request.ok_or(Status::NotFound).and_then(|head| request(head, info, name)),
-        ("response", Some(name)) => response_property(facts, name),
-        ("source", Some(name)) => address(info.connection.source(), name),
-        ("destination", Some(name)) => address(info.connection.destination(), name),
-        ("upstream", Some(name)) => address(info.upstream, name),
-        ("connection", Some(name)) => connection(&*info.connection, name),
-        ("connection_id", None) => number(info.connection.id()),
-        ("xds", Some(name)) => named(info, name),
-        ("node", Some("id")) => named(info, "node\0id"),
+    let set = |name: &[u8], out: Out<'_>| put(out, state.get(name).ok_or(Status::NotFound)?);
+    match name {
+        (
+            "request" | "response" | "source" | "destination" | "connection" | "upstream" | "outrigger" | "xds"
+            | "node" | "filter_state",
+            None,
+        ) => Err(Status::SerializationFailure),
+        ("request", Some("duration")) if phase == Phase::Log => nanoseconds(out, info.start.elapsed().as_nanos()),
+        ("request", Some(name)) => request(facts.request.ok_or(Status::NotFound)?, info, name, out),
+        ("response", Some(name)) => response(facts, name, out),
+        ("source", Some(name)) => address(info.connection.source(), name, out),
+        ("destination", Some(name)) => address(info.connection.destination(), name, out),
+        ("upstream", Some(name)) => address(info.upstream, name, out),
+        ("connection", Some(name)) => connection(&*info.connection, name, out),
+        ("connection_id", None) => number(out, info.connection.id()),
+        ("xds", Some(name)) => named(info, name, out),
+        ("node", Some("id")) => named(info, "node\0id", out),
+        ("outrigger", Some(name)) => own(info, name, out),
         ("filter_state", Some(name)) => {
             let name = name.strip_prefix("wasm.").or_else(|| name.strip_prefix("wasm\0")).unwrap_or(name);
-            state.get(name.as_bytes()).map(<[u8]>::to_vec).ok_or(Status::NotFound)
+            set(name.as_bytes(), out)
         }
-        _ => match state.get(path) {
-            Some(value) => Ok(value.to_vec()),
-            None if rest.is_none() => named(info, head),
-            None => Err(Status::NotFound),
+        (head, rest) => match set(path, out) {
+            Err(_) if rest.is_none() => named(info, head, out),
+            found => found,
         },
     }
 }
 
-fn text_value(text: &str) -> Value {
-    Ok(text.as_bytes().to_vec())
+fn put(out: Out<'_>, value: impl AsRef<[u8]>) -> Done {
+    out.extend_from_slice(value.as_ref());
+    Ok(())
 }
 
-fn number(n: u64) -> Value {
-    Ok(n.to_le_bytes().to_vec())
+fn number(out: Out<'_>, n: u64) -> Done {
+    put(out, n.to_le_bytes())
 }
 
-fn optional(text: Option<&str>) -> Value {
-    text.ok_or(Status::NotFound).and_then(text_value)
+fn nanoseconds(out: Out<'_>, n: u128) -> Done {
+    number(out, u64::try_from(n).unwrap_or(u64::MAX))
 }
 
-fn field(fields: &HeaderMap, name: &str) -> Value {
-    fields.get(name).map(|value| value.as_bytes().to_vec()).ok_or(Status::NotFound)
+fn optional(out: Out<'_>, value: Option<impl AsRef<[u8]>>) -> Done {
+    put(out, value.ok_or(Status::NotFound)?)
 }
 
-fn request(head: &request::Parts, info: &StreamInfo, name: &str) -> Value {
-    let pseudo = |name| head.pseudo(name).map(<[u8]>::to_vec).ok_or(Status::NotFound);
+fn field(out: Out<'_>, fields: &HeaderMap, name: &str) -> Done {
+    optional(out, fields.get(name))
+}
+
+fn request(head: &request::Parts, info: &StreamInfo, name: &str, out: Out<'_>) -> Done {
+    let length = || {
+        let value = head.headers.get(header::CONTENT_LENGTH);
+        value.and_then(|value| value.to_str().ok()?.parse::<u64>().ok()).unwrap_or(0)
+    };
     match name {
-        "path" => pseudo(":path"),
-        "url_path" => text_value(head.uri.path()),
-        "query" => text_value(head.uri.query().unwrap_or_default()),
-        "host" => pseudo(":authority"),
-        "method" => pseudo(":method"),
-        "scheme" => text_value(info.scheme()),
-        "referer" => field(&head.headers, "referer"),
-        "useragent" => field(&head.headers, "user-agent"),
-        "id" => field(&head.headers, "x-request-id"),
-        "protocol" => text_value(match head.version {
-            Version::HTTP_10 => "HTTP/1.0",
-            Version::HTTP_2 => "HTTP/2",
-            _ => "HTTP/1.1",
-        }),
-        "time" => {
-            let since = info.started().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos();
-            number(u64::try_from(since).unwrap_or(u64::MAX))
-        }
-        "duration" => {
-            let took = info.start.elapsed().as_nanos();
-            number(u64::try_from(took).unwrap_or(u64::MAX))
-        }
-        "size" | "total_size" => {
-            let length = head.headers.get(http::header::CONTENT_LENGTH);
-            number(length.and_then(|value| value.to_str().ok()?.parse().ok()).unwrap_or(0))
-        }
+        "path" => optional(out, head.pseudo(":path")),
+        "url_path" => put(out, head.uri.path()),
+        "query" => put(out, head.uri.query().unwrap_or_default()),
+        "host" => optional(out, head.pseudo(":authority")),
+        "method" => put(out, head.method.as_str()),
+        "scheme" => put(out, info.scheme()),
+        "referer" => field(out, &head.headers, "referer"),
+        "useragent" => field(out, &head.headers, "user-agent"),
+        "id" => field(out, &head.headers, "x-request-id"),
+        "protocol" => put(
+            out,
+            match head.version {
+                Version::HTTP_10 => "HTTP/1.0",
+                Version::HTTP_2 => "HTTP/2",
+                _ => "HTTP/1.1",
+            },
+        ),
+        "time" => nanoseconds(out, info.started().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos()),
+        "size" => number(out, length()),
+        "total_size" => number(out, length().saturating_add(headers::size(head) as u64)),
         "headers" => Err(Status::SerializationFailure),
-        _ => match name.strip_prefix("headers\0") {
-            Some(key) if key.starts_with(':') => pseudo(key),
-            Some(key) => field(&head.headers, key),
-            None => Err(Status::NotFound),
+        _ => match name.strip_prefix("headers\0").ok_or(Status::NotFound)? {
+            key if key.starts_with(':') => optional(out, head.pseudo(key)),
+            key => field(out, &head.headers, key),
         },
     }
 }
 
-fn response_property(facts: &Facts<'_>, name: &str) -> Value {
+fn response(facts: &Facts<'_>, name: &str, out: Out<'_>) -> Done {
     if name == "flags" || name == "size" {
-        return number(0);
+        return number(out, 0);
     }
     let head = facts.response.ok_or(Status::NotFound)?;
     match name {
-        "code" => number(u64::from(head.status.as_u16())),
+        "code" => number(out, u64::from(head.status.as_u16())),
+        "grpc_status" => {
+            let status = head.headers.get("grpc-status").and_then(|status| status.to_str().ok()?.parse().ok());
+            number(out, status.ok_or(Status::NotFound)?)
+        }
         "headers" => Err(Status::SerializationFailure),
-        _ => name.strip_prefix("headers\0").ok_or(Status::NotFound).and_then(|key| field(&head.headers, key)),
+        _ => match name.strip_prefix("headers\0").ok_or(Status::NotFound)? {
+            ":status" => put(out, head.status.as_str()),
+            key => field(out, &head.headers, key),
+        },
     }
 }
 
-fn address(address: Option<SocketAddr>, name: &str) -> Value {
+fn address(address: Option<SocketAddr>, name: &str, out: Out<'_>) -> Done {
     let address = address.ok_or(Status::NotFound)?;
     match name {
-        "address" => text_value(&address.to_string()),
-        "port" => number(u64::from(address.port())),
+        "address" => write!(out, "{address}").map_err(|_| Status::InternalFailure),
+        "port" => number(out, u64::from(address.port())),
         _ => Err(Status::NotFound),
     }
 }
 
-fn connection(connection: &dyn ConnectionFacts, name: &str) -> Value {
+fn connection(connection: &dyn ConnectionFacts, name: &str, out: Out<'_>) -> Done {
     let mtls = connection.peer_identity().is_some();
     match name {
-        "mtls" => Ok(vec![u8::from(mtls)]),
-        "id" => number(connection.id()),
-        "requested_server_name" => text_value(connection.server_name().unwrap_or_default()),
-        "tls_version" if mtls => text_value("TLSv1.3"),
-        "uri_san_peer_certificate" => optional(connection.peer_identity()),
-        "uri_san_local_certificate" => optional(connection.local_identity().as_deref()),
+        "mtls" => put(out, [u8::from(mtls)]),
+        "id" => number(out, connection.id()),
+        "requested_server_name" => put(out, connection.server_name().unwrap_or_default()),
+        "tls_version" if mtls => put(out, "TLSv1.3"),
+        "uri_san_peer_certificate" => optional(out, connection.peer_identity()),
+        "uri_san_local_certificate" => optional(out, connection.local_identity()),
+        // Certificates of the mesh have a SPIFFE ID and nothing else.
+        "subject_peer_certificate"
+        | "subject_local_certificate"
+        | "dns_san_peer_certificate"
+        | "dns_san_local_certificate"
+            if mtls =>
+        {
+            Ok(())
+        }
         _ => Err(Status::NotFound),
     }
 }
 
 /// Names of configuration, bare or under `xds.`.
-fn named(info: &StreamInfo, name: &str) -> Value {
+fn named(info: &StreamInfo, name: &str, out: Out<'_>) -> Done {
     match name {
-        "route_name" => optional(info.route.as_deref()),
-        "cluster_name" | "upstream_cluster" => optional(info.service.as_deref()),
-        "listener_direction" => number(if info.connection.inbound() { 1 } else { 2 }),
-        "node\0id" => text_value(&format!("{}/{}", info.connection.namespace(), info.connection.workload())),
+        "route_name" => optional(out, info.route.as_deref()),
+        "cluster_name" | "upstream_cluster" | "virtual_host_name" => optional(out, info.service.as_deref()),
+        "listener_direction" => number(out, if info.connection.inbound() { 1 } else { 2 }),
+        "node\0id" => own(info, "workload", out),
+        _ => Err(Status::NotFound),
+    }
+}
+
+/// What the mesh knows, under names of its own.
+fn own(info: &StreamInfo, name: &str, out: Out<'_>) -> Done {
+    let connection = &info.connection;
+    match name {
+        "direction" => put(out, if connection.inbound() { "inbound" } else { "outbound" }),
+        "service" => optional(out, info.service.as_deref()),
+        "route" => optional(out, info.route.as_deref()),
+        "peer" => optional(out, connection.peer_identity()),
+        "identity" => optional(out, connection.local_identity()),
+        "namespace" => put(out, connection.namespace()),
+        "workload" => {
+            let (namespace, workload) = (connection.namespace(), connection.workload());
+            write!(out, "{namespace}/{workload}").map_err(|_| Status::InternalFailure)
+        }
         _ => Err(Status::NotFound),
     }
 }

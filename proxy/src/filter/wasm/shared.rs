@@ -134,7 +134,8 @@ impl Vm {
     }
 
     /// Bytes of data and of items that wait in queues.
-    pub(super) fn bytes(&self) -> usize {
+    #[cfg(test)]
+    fn bytes(&self) -> usize {
         self.bytes.load(Ordering::Relaxed)
     }
 

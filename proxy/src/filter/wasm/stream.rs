@@ -30,6 +30,10 @@ impl WasmFilter {
     fn enter(&mut self, view: &View) -> Result<(&Entered, u32), String> {
         if matches!(self.state, State::New) {
             let entered = acquire(&self.plugin)?;
+            if entered.instance.over(entered.root) {
+                self.plugin.throttled();
+                return Err("it has used up its share of the worker's time (limits.cpuShare)".into());
+            }
             let context = entered.instance.create(entered.root, view).map_err(|failure| self.report(failure))?;
             self.state = State::In(entered, context);
         }

@@ -1,11 +1,15 @@
-//! The clock that stops runaway guests.
+//! The clock that stops runaway guests, and sees how much of its thread's time each uses.
 //!
 //! Each thread that calls guests owns a slot: a counter that is odd while a call is in flight. One ticker thread looks at the
 //! slots every millisecond and moves the engine's epoch on only when some slot is still in the call it was in a tick ago, so a
-//! call that ends in time costs two stores and no clock is read. With no calls at all the ticker sleeps until one begins.
+//! call that ends in time costs three stores and no clock is read. With no calls at all the ticker sleeps until one begins.
+//!
+//! What a look finds in a call is taken to have been in it since the look before: over many calls that is the time they took, and it costs
+//! them nothing.
 
+use std::collections::HashMap;
 use std::marker::PhantomData;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 use std::thread::Thread;
 use std::time::{Duration, Instant};
@@ -17,10 +21,63 @@ pub(super) const TICK: Duration = Duration::from_millis(1);
 /// Ticks without any call after which the ticker sleeps.
 const IDLE_TICKS: u32 = 64;
 
-/// A thread's counter of calls, alone on its cache line.
+/// Longest time that one look stands for: who sleeps longer saw less.
+const MOST: Duration = Duration::from_millis(10);
+
+/// A thread's counter of calls and the meter of the last one, alone on its cache line.
 #[derive(Debug, Default)]
 #[repr(align(64))]
-struct Slot(AtomicU64);
+struct Slot {
+    calls: AtomicU64,
+    meter: AtomicU64,
+}
+
+/// The time that one instance uses of its thread.
+#[derive(Debug)]
+pub(in super::super) struct Meter {
+    id: u64,
+    /// Microseconds so far
+    used: AtomicU64,
+    /// What it may use: millionths of the time; 0: all
+    share: u32,
+    /// Microseconds that it may use now; below 0, it must wait
+    left: AtomicI64,
+}
+
+impl Meter {
+    /// A meter, not watched yet. `share`: millionths of the time that may be used; 0: all.
+    pub(super) fn new(share: u32) -> Arc<Self> {
+        static NEXT: AtomicU64 = AtomicU64::new(1);
+        let id = NEXT.fetch_add(1, Ordering::Relaxed);
+        // A second's worth at most, and to begin with.
+        Arc::new(Self { id, used: AtomicU64::new(0), share, left: AtomicI64::new(share.into()) })
+    }
+
+    /// Time used so far.
+    pub(in super::super) fn used(&self) -> Duration {
+        Duration::from_micros(self.used.load(Ordering::Relaxed))
+    }
+
+    /// True: its share is used up for now.
+    pub(super) fn over(&self) -> bool {
+        self.share != 0 && self.left.load(Ordering::Relaxed) < 0
+    }
+
+    fn pass(&self, time: Duration, busy: bool) {
+        let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+        let took = if busy { micros(time.min(MOST)) } else { 0 };
+        self.used.fetch_add(took, Ordering::Relaxed);
+        if self.share == 0 {
+            return;
+        }
+        let most = i64::from(self.share);
+        let more = u128::from(micros(time)) * u128::from(self.share) / 1_000_000;
+        let (more, less) = (i64::try_from(more).unwrap_or(i64::MAX), i64::try_from(took).unwrap_or(i64::MAX));
+        let left = self.left.load(Ordering::Relaxed).saturating_add(more).saturating_sub(less);
+        // One thread writes: the ticker's.
+        self.left.store(left.clamp(-most, most), Ordering::Relaxed);
+    }
+}
 
 #[derive(Debug)]
 struct Watched {
@@ -32,6 +89,7 @@ struct Watched {
 #[derive(Debug)]
 pub(super) struct Ticker {
     slots: Mutex<Vec<Watched>>,
+    meters: Mutex<HashMap<u64, Weak<Meter>>>,
     asleep: AtomicBool,
     thread: OnceLock<Thread>,
 }
@@ -39,8 +97,12 @@ pub(super) struct Ticker {
 impl Ticker {
     /// Starts the thread.
     pub(super) fn start(engine: &Engine) -> std::io::Result<Arc<Self>> {
-        let ticker =
-            Arc::new(Self { slots: Mutex::new(Vec::new()), asleep: AtomicBool::new(false), thread: OnceLock::new() });
+        let ticker = Arc::new(Self {
+            slots: Mutex::default(),
+            meters: Mutex::default(),
+            asleep: AtomicBool::new(false),
+            thread: OnceLock::new(),
+        });
         let weak = Arc::downgrade(&ticker);
         let engine = engine.weak();
         let handle = std::thread::Builder::new()
@@ -58,12 +120,34 @@ impl Ticker {
         }
     }
 
-    /// True: some thread is in the same call as a tick ago. Also says whether there was any call since.
-    fn look(&self) -> (bool, bool) {
+    /// Counts an instance's time from now on, for as long as it holds the meter.
+    pub(super) fn watch(&self, meter: &Arc<Meter>) {
+        let mut meters = self.meters.lock().unwrap_or_else(PoisonError::into_inner);
+        meters.retain(|_, meter| meter.strong_count() > 0);
+        meters.insert(meter.id, Arc::downgrade(meter));
+    }
+
+    /// Gives every meter the time that passed. True: some instance has to wait.
+    fn count(&self, passed: Duration, busy: &[u64]) -> bool {
+        let meters = self.meters.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut over = false;
+        for meter in meters.values().filter_map(Weak::upgrade) {
+            meter.pass(passed, busy.contains(&meter.id));
+            over |= meter.over();
+        }
+        over
+    }
+
+    /// True: some thread is in the same call as a tick ago. Also says whether there was any call since. `busy`: whose calls they are.
+    fn look(&self, busy: &mut Vec<u64>) -> (bool, bool) {
         let (mut stuck, mut active) = (false, false);
+        busy.clear();
         self.slots.lock().unwrap_or_else(PoisonError::into_inner).retain_mut(|watched| {
             let Some(slot) = watched.slot.upgrade() else { return false };
-            let now = slot.0.load(Ordering::SeqCst);
+            let now = slot.calls.load(Ordering::SeqCst);
+            if now % 2 == 1 {
+                busy.push(slot.meter.load(Ordering::Relaxed));
+            }
             stuck |= now == watched.last && now % 2 == 1;
             active |= now != watched.last || now % 2 == 1;
             watched.last = now;
@@ -74,14 +158,16 @@ impl Ticker {
 }
 
 fn run(weak: &Weak<Ticker>, engine: &EngineWeak) {
-    let mut idle = 0;
+    let (mut idle, mut busy, mut last) = (0, Vec::new(), Instant::now());
     while let Some(ticker) = weak.upgrade() {
-        let (stuck, active) = ticker.look();
+        let (stuck, active) = ticker.look(&mut busy);
+        let now = Instant::now();
+        let over = ticker.count(now.saturating_duration_since(std::mem::replace(&mut last, now)), &busy);
         if stuck {
             let Some(engine) = engine.upgrade() else { return };
             engine.increment_epoch();
         }
-        idle = if active { 0 } else { idle + 1 };
+        idle = if active || over { 0 } else { idle + 1 };
         if idle < IDLE_TICKS {
             drop(ticker);
             std::thread::sleep(TICK);
@@ -89,7 +175,7 @@ fn run(weak: &Weak<Ticker>, engine: &EngineWeak) {
         }
         ticker.asleep.store(true, Ordering::SeqCst);
         // A call that began before the flag was up did not wake us: look once more.
-        if ticker.look().1 {
+        if ticker.look(&mut busy).1 {
             ticker.asleep.store(false, Ordering::SeqCst);
         }
         idle = 0;
@@ -139,10 +225,11 @@ impl Watch {
         Some(Self { ticker: Arc::clone(ticker), slot, here: PhantomData })
     }
 
-    /// Marks the thread busy until the guard is dropped.
-    pub(super) fn enter(&self) -> InCall<'_> {
-        let Slot(calls) = &*self.slot;
+    /// Marks the thread busy, for the instance of this meter, until the guard is dropped.
+    pub(super) fn enter(&self, meter: &Meter) -> InCall<'_> {
+        let calls = &self.slot.calls;
         // One writer: the slot is this thread's. SeqCst pairs with the ticker's flag: one of the two sees the other.
+        self.slot.meter.store(meter.id, Ordering::Relaxed);
         calls.store(calls.load(Ordering::Relaxed) + 1, Ordering::SeqCst);
         if self.ticker.asleep.load(Ordering::SeqCst) {
             self.ticker.wake();
@@ -190,4 +277,51 @@ impl Budget {
 
 fn thread_cpu_time() -> Duration {
     nix::time::clock_gettime(nix::time::ClockId::CLOCK_THREAD_CPUTIME_ID).map_or(Duration::ZERO, Duration::from)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_share_is_used_up_and_comes_back() {
+        let meter = Meter::new(200_000);
+        let ms = Duration::from_millis;
+        // A fifth of a second to begin with, and a fifth of the time on top.
+        for _ in 0..249 {
+            meter.pass(ms(1), true);
+        }
+        assert!(!meter.over());
+        for _ in 0..3 {
+            meter.pass(ms(1), true);
+        }
+        assert!(meter.over());
+        for _ in 0..20 {
+            meter.pass(ms(1), false);
+        }
+        assert!(!meter.over());
+        assert_eq!(meter.used(), ms(252));
+    }
+
+    #[test]
+    fn what_was_used_without_end_is_paid_off_in_a_second() {
+        let meter = Meter::new(500_000);
+        for _ in 0..10_000 {
+            meter.pass(Duration::from_millis(10), true);
+        }
+        for _ in 0..100 {
+            assert!(meter.over());
+            meter.pass(Duration::from_millis(10), false);
+        }
+        meter.pass(Duration::from_millis(10), false);
+        assert!(!meter.over());
+    }
+
+    #[test]
+    fn without_a_share_time_is_only_counted() {
+        let meter = Meter::new(0);
+        meter.pass(Duration::from_secs(1), true);
+        assert!(!meter.over());
+        assert_eq!(meter.used(), MOST);
+    }
 }

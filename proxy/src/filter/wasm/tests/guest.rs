@@ -48,6 +48,24 @@ pub(super) fn consts(numbers: &[u32]) -> String {
     numbers.iter().map(|n| format!("(i32.const {n}) ")).collect()
 }
 
+/// A guest with these functions, in whose code `@text@` becomes the address and the length of that text, which is in its memory.
+pub(super) fn texts(imports: &str, body: &str) -> String {
+    let (mut data, mut code) = (String::new(), String::new());
+    let mut at = 1024;
+    for (index, part) in body.split('@').enumerate() {
+        if index % 2 == 0 {
+            code.push_str(part);
+            continue;
+        }
+        let escapes = part.matches('\\').count();
+        data.push_str(&format!("(data (i32.const {at}) \"{part}\")\n"));
+        // Each `\\xx` is one byte.
+        code.push_str(&consts(&[at, u32::try_from(part.len() - 2 * escapes).unwrap()]));
+        at += 128;
+    }
+    wat(imports, &format!("{data}{code}"))
+}
+
 /// A header callback, `request` or `response`, that does this and returns this.
 pub(super) fn on_headers(side: &str, body: &str, result: u32) -> String {
     format!(
