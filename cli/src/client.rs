@@ -50,6 +50,22 @@ impl Control {
         self.json(Method::POST, path, Some(body), &[("authorization", &format!("Bearer {token}"))])
     }
 
+    /// `PUT path` with the administrator's token.
+    pub(crate) fn put(&self, path: &str, token: &str, body: &serde_json::Value) -> anyhow::Result<serde_json::Value> {
+        self.json(Method::PUT, path, Some(body), &[("authorization", &format!("Bearer {token}"))])
+    }
+
+    /// `PUT path` of bytes, with the administrator's token.
+    pub(crate) fn upload(&self, path: &str, token: &str, body: Bytes) -> anyhow::Result<serde_json::Value> {
+        let kind = ("content-type", "application/wasm");
+        self.call(Method::PUT, path, body, &[kind, ("authorization", &format!("Bearer {token}"))])
+    }
+
+    /// `DELETE path` with the administrator's token.
+    pub(crate) fn delete(&self, path: &str, token: &str) -> anyhow::Result<serde_json::Value> {
+        self.json(Method::DELETE, path, None, &[("authorization", &format!("Bearer {token}"))])
+    }
+
     fn json(
         &self,
         method: Method,
@@ -57,17 +73,26 @@ impl Control {
         body: Option<&serde_json::Value>,
         headers: &[(&str, &str)],
     ) -> anyhow::Result<serde_json::Value> {
-        let url = format!("http://{}{path}", self.authority);
         let body = body.map(serde_json::to_vec).transpose()?.unwrap_or_default();
         let mut headers = headers.to_vec();
         if !body.is_empty() {
             headers.push(("content-type", "application/json"));
         }
+        self.call(method, path, body.into(), &headers)
+    }
+
+    fn call(
+        &self,
+        method: Method,
+        path: &str,
+        body: Bytes,
+        headers: &[(&str, &str)],
+    ) -> anyhow::Result<serde_json::Value> {
+        let url = format!("http://{}{path}", self.authority);
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let answer =
-            runtime.block_on(request(&self.authority, method, path, &headers, body.into())).with_context(|| {
-                format!("{url}: is the control plane running there? Set --control or OUTRIGGER_CONTROL")
-            })?;
+        let answer = runtime.block_on(request(&self.authority, method, path, headers, body)).with_context(|| {
+            format!("{url}: is the control plane running there? Set --control or OUTRIGGER_CONTROL")
+        })?;
         if !answer.status.is_success() {
             bail!("{url}: {}: {}", answer.status, reason(&answer.body));
         }

@@ -3,6 +3,7 @@
 
 mod client;
 mod demo;
+mod filter;
 mod intercept;
 mod output;
 mod status;
@@ -53,6 +54,8 @@ impl Global {
 enum Command {
     /// Run a mesh of four small services on this machine, with load and a live view
     Demo(demo::Args),
+    /// WASM filters: push, attach, detach, and how they do
+    Filter(filter::Args),
     /// Redirect this host's or pod's traffic to its proxy, with nftables
     Intercept(intercept::Args),
     /// Join tokens, with which proxies get their first certificate
@@ -92,6 +95,7 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     match command {
         Command::Demo(args) => demo::run(args),
         Command::DemoApp(args) => demo::app::run(args),
+        Command::Filter(args) => filter::run(args, &global),
         Command::Intercept(args) => intercept::run(&args, global.output),
         Command::Token(args) => token::run(&args, &global),
         Command::Status => status::run(&global),

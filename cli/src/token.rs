@@ -42,6 +42,13 @@ struct Create {
     /// Accepted once
     #[arg(long)]
     single_use: bool,
+    #[command(flatten)]
+    admin: Admin,
+}
+
+/// Where the administrator's token is, which everything that changes something needs.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Admin {
     /// State directory of the control plane, which has the administrator's token
     #[arg(long, env = "OUTRIGGER_STATE", value_name = "DIR", conflicts_with = "admin_token_file")]
     state: Option<PathBuf>,
@@ -54,7 +61,7 @@ type Labels = BTreeMap<String, String>;
 
 pub(crate) fn run(args: &Args, global: &Global) -> anyhow::Result<ExitCode> {
     let TokenCommand::Create(create) = &args.command;
-    let admin = admin_token(create)?;
+    let admin = create.admin.token()?;
     let body = serde_json::json!({
         "namespace": create.namespace,
         "serviceAccount": create.service_account,
@@ -74,21 +81,24 @@ pub(crate) fn run(args: &Args, global: &Global) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn admin_token(create: &Create) -> anyhow::Result<String> {
-    let file = match (&create.admin_token_file, &create.state) {
-        (Some(file), _) => file.clone(),
-        (None, Some(state)) => state.join("admin-token"),
-        (None, None) => bail!(
-            "making a token needs the administrator's: give --state (the control plane's state directory) or --admin-token-file"
-        ),
-    };
-    let token = std::fs::read_to_string(&file).with_context(|| {
-        format!(
-            "{}: cannot read the administrator's token; the control plane writes it at its first start",
-            file.display()
-        )
-    })?;
-    Ok(token.trim().to_owned())
+impl Admin {
+    /// The token.
+    pub(crate) fn token(&self) -> anyhow::Result<String> {
+        let file = match (&self.admin_token_file, &self.state) {
+            (Some(file), _) => file.clone(),
+            (None, Some(state)) => state.join("admin-token"),
+            (None, None) => bail!(
+                "this needs the administrator's token: give --state (the control plane's state directory) or --admin-token-file"
+            ),
+        };
+        let token = std::fs::read_to_string(&file).with_context(|| {
+            format!(
+                "{}: cannot read the administrator's token; the control plane writes it at its first start",
+                file.display()
+            )
+        })?;
+        Ok(token.trim().to_owned())
+    }
 }
 
 fn labels(text: &str) -> Result<Labels, String> {

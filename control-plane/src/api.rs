@@ -11,17 +11,15 @@ use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
-use outrigger_core::compile::Client;
-use outrigger_core::key::Key;
-use outrigger_proto::{mesh as wire, type_url};
-use prost::Message;
 use serde_json::{Value, json};
 
 use crate::durable;
+use crate::filters;
 use crate::mesh::Mesh;
 use crate::metrics::Metrics;
 use crate::proxies::Proxies;
 use crate::refusals::Refusals;
+use crate::reports::Reports;
 
 /// What the API needs of the certificate authority.
 pub trait Authority: Send + Sync + 'static {
@@ -48,6 +46,8 @@ pub struct Api {
     pub metrics: Metrics,
     /// Certificates and tokens
     pub authority: Arc<dyn Authority>,
+    /// How filters do
+    pub reports: Arc<Reports>,
     /// The administrator's token
     pub admin_token: Arc<str>,
 }
@@ -78,6 +78,22 @@ pub fn admin_token(state: &Path) -> io::Result<Arc<str>> {
 }
 
 impl Api {
+    /// Whether a request brings the administrator's token.
+    ///
+    /// # Errors
+    /// The response that says so.
+    pub(crate) fn authorize(&self, call: &'static str, headers: &HeaderMap) -> Result<(), Box<Response>> {
+        let given = headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
+        let given = given.and_then(|value| value.strip_prefix("Bearer ")).unwrap_or_default();
+        // Equal time whatever is given, but for its length.
+        aws_lc_rs::constant_time::verify_slices_are_equal(given.as_bytes(), self.admin_token.as_bytes()).map_err(|_| {
+            let reason =
+                "this needs the administrator's token (the file admin-token in --state) as `Authorization: Bearer …`";
+            self.refusals.record(call, "HTTP API", reason);
+            Box::new(problem(StatusCode::UNAUTHORIZED, reason))
+        })
+    }
+
     /// The routes, behind the check of Host and Origin.
     pub fn router(self) -> Router {
         Router::new()
@@ -89,7 +105,7 @@ impl Api {
             .route("/api/v1/endpoints", get(async |State(api): State<Self>| Json(api.mesh.now().catalog.endpoints())))
             .route("/api/v1/routes", get(async |State(api): State<Self>| Json(api.mesh.now().catalog.routes())))
             .route("/api/v1/certificates", get(async |State(api): State<Self>| Json(api.authority.certificates())))
-            .route("/api/v1/filters", get(async |State(api): State<Self>| Json(filters(&api.mesh))))
+            .merge(filters::routes())
             .route("/api/v1/tokens", post(tokens))
             .fallback(async || problem(StatusCode::NOT_FOUND, "no such path; see /api/v1/status"))
             .layer(middleware::from_fn(guard))
@@ -121,7 +137,7 @@ fn local(authority: &str) -> bool {
     host.eq_ignore_ascii_case("localhost") || host.parse::<IpAddr>().is_ok()
 }
 
-fn problem(status: StatusCode, reason: &str) -> Response {
+pub(crate) fn problem(status: StatusCode, reason: &str) -> Response {
     (status, Json(json!({ "error": reason }))).into_response()
 }
 
@@ -155,44 +171,13 @@ async fn status(State(api): State<Api>) -> Json<Value> {
     }))
 }
 
-/// Every WasmFilter, as proxies get it.
-fn filters(mesh: &Mesh) -> Value {
-    let now = mesh.now();
-    let filters = now.catalog.resources().filter(|loaded| loaded.id.kind == "WasmFilter");
-    let rows = filters.map(|loaded| {
-        let id = &loaded.id;
-        let client =
-            Client { namespace: id.namespace.clone(), workload: String::new(), service_account: String::new() };
-        let key = Key::Filter(id.namespace.clone(), id.name.clone());
-        let found = now.answer(type_url::FILTER, &key, &client);
-        let filter = found.and_then(|found| wire::Filter::decode(found.bytes.clone()).ok());
-        json!({
-            "namespace": id.namespace,
-            "name": id.name,
-            "source": format!("{}:{}", loaded.file, loaded.line),
-            "usable": filter.is_some(),
-            "sha256": filter.as_ref().map(|filter| &filter.sha256),
-            "size": filter.as_ref().map(|filter| filter.size),
-            "failOpen": filter.as_ref().map(|filter| filter.fail_open),
-            "order": filter.as_ref().map(|filter| filter.order),
-        })
-    });
-    rows.collect()
-}
-
 async fn tokens(
     State(api): State<Api>,
     headers: HeaderMap,
     body: Result<Json<Value>, axum::extract::rejection::JsonRejection>,
 ) -> Response {
-    let given = headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
-    let given = given.and_then(|value| value.strip_prefix("Bearer ")).unwrap_or_default();
-    // Equal time whatever is given, but for its length.
-    if aws_lc_rs::constant_time::verify_slices_are_equal(given.as_bytes(), api.admin_token.as_bytes()).is_err() {
-        let reason =
-            "this needs the administrator's token (the file admin-token in --state) as `Authorization: Bearer …`";
-        api.refusals.record("tokens", "HTTP API", reason);
-        return problem(StatusCode::UNAUTHORIZED, reason);
+    if let Err(refused) = api.authorize("tokens", &headers) {
+        return *refused;
     }
     let body = match body {
         Ok(Json(body)) => body,

@@ -237,6 +237,11 @@ impl Mesh {
         &self.settings.state
     }
 
+    /// Where filters are kept that were attached over the API.
+    pub fn attached(&self) -> PathBuf {
+        self.settings.attached()
+    }
+
     /// The registered workloads. After a change, [`Mesh::registrations_changed`] or [`Mesh::rebuild`].
     pub fn leases(&self) -> MutexGuard<'_, Leases> {
         lock(&self.leases)

@@ -76,6 +76,33 @@ pub struct ProxyRow {
     nacks: Vec<NackRow>,
 }
 
+/// A proxy that subscribes to one resource.
+#[derive(Debug, Serialize)]
+pub struct Subscriber {
+    /// Of its workload
+    pub namespace: String,
+    /// Its name
+    pub workload: String,
+    /// Whether its stream is open
+    pub connected: bool,
+    /// How far it is
+    pub state: Applied,
+    /// Why it refused the latest version
+    pub reason: Option<String>,
+}
+
+/// Whether a proxy serves by the latest version of a resource.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Applied {
+    /// It acknowledged it
+    Applied,
+    /// It has not said
+    Pending,
+    /// It refused it, and serves by the one before
+    Refused,
+}
+
 /// A subscription. A version is null before the first, and empty for "told that there is nothing".
 #[derive(Debug, Serialize)]
 struct ResourceRow {
@@ -162,6 +189,16 @@ impl Proxies {
         rows
     }
 
+    /// Who subscribes to a resource, and how far each is.
+    pub fn subscribers(&self, type_url: &str, key: &Key, now: &Published) -> Vec<Subscriber> {
+        let name = key.to_string();
+        let proxies: Vec<Arc<Proxy>> = lock(&self.entries).by_id.values().cloned().collect();
+        let mut found: Vec<Subscriber> =
+            proxies.iter().filter_map(|proxy| proxy.subscriber(type_url, key, &name, now)).collect();
+        found.sort_by(|one, other| (&one.namespace, &one.workload).cmp(&(&other.namespace, &other.workload)));
+        found
+    }
+
     fn connected(&self) -> Vec<Arc<Proxy>> {
         let entries = lock(&self.entries);
         entries.by_id.values().filter(|proxy| lock(&proxy.ended).is_none()).cloned().collect()
@@ -230,6 +267,26 @@ impl Proxy {
                 .filter(|(kind, ..)| endpoints.contains(kind))
                 .all(|(kind, name, subscription)| taken(kind, name, subscription)),
         }
+    }
+
+    fn subscriber(&self, type_url: &str, key: &Key, name: &str, now: &Published) -> Option<Subscriber> {
+        let stream = self.stream();
+        let (_, _, subscription) = stream.subscriptions().find(|(kind, of, _)| *kind == type_url && *of == name)?;
+        let latest = now.answer(type_url, key, &self.client);
+        let latest = latest.map_or(Held::Absent, |found| Held::Version(found.version.clone()));
+        let reason = subscription.rejected.as_ref().map(|rejected| rejected.reason.clone());
+        let state = match &reason {
+            Some(_) => Applied::Refused,
+            None if subscription.acked.as_ref() == Some(&latest) => Applied::Applied,
+            None => Applied::Pending,
+        };
+        Some(Subscriber {
+            namespace: self.client.namespace.clone(),
+            workload: self.client.workload.clone(),
+            connected: lock(&self.ended).is_none(),
+            state,
+            reason,
+        })
     }
 
     fn row(&self, now: &Published) -> ProxyRow {

@@ -12,6 +12,7 @@ use crate::mesh::Mesh;
 use crate::peer::{Leaf, Peer};
 use crate::proxies::Proxies;
 use crate::refusals::Refusals;
+use crate::reports::Reports;
 
 /// A withdrawal waits so long for those that use the endpoints.
 const CONFIRM: Duration = Duration::from_secs(2);
@@ -41,6 +42,8 @@ pub struct Service {
     pub refusals: Arc<Refusals>,
     /// Who may register what
     pub grants: Arc<dyn Grants>,
+    /// How its filters do
+    pub reports: Arc<Reports>,
 }
 
 impl std::fmt::Debug for Service {
@@ -97,6 +100,7 @@ impl Registry for Service {
             }
             (leases.register(registration, Instant::now()), leases.lease())
         };
+        self.reports.take(name.clone(), request.into_inner().filters, Instant::now());
         if changed {
             tracing::info!(namespace = %name.0, workload = %name.1, peer = %peer.address, "registered");
             self.mesh.registrations_changed();

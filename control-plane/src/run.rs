@@ -33,6 +33,7 @@ use crate::mesh::{Mesh, Settings};
 use crate::metrics::Metrics;
 use crate::proxies::Proxies;
 use crate::refusals::Refusals;
+use crate::reports::Reports;
 use crate::tls::{ServerCert, Terminator};
 use crate::token::{NewToken, Tokens};
 use crate::{durable, modules, registry, server};
@@ -116,6 +117,7 @@ impl Control {
         let (proxies, refusals) = (Arc::new(Proxies::default()), Arc::new(Refusals::default()));
         let listening = proxies.clone();
         mesh.listen(move |touched| listening.tell(touched));
+        let reports = Arc::<Reports>::default();
         let (stop, stopping) = watch::channel(false);
         let signer = Signer {
             authority: authority.clone(),
@@ -136,6 +138,7 @@ impl Control {
             proxies: proxies.clone(),
             refusals: refusals.clone(),
             grants: grants.clone(),
+            reports: reports.clone(),
         };
         let modules = modules::Service { mesh: mesh.clone(), refusals: refusals.clone() };
         let routes = Routes::new(AggregatedDiscoveryServiceServer::new(discovery))
@@ -149,6 +152,7 @@ impl Control {
             refusals: refusals.clone(),
             metrics,
             authority: Arc::new(issuer),
+            reports,
             admin_token,
         };
 

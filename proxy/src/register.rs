@@ -7,15 +7,20 @@ use std::time::Duration;
 
 use outrigger_core::resource::{AppPort, Dial, PortProtocol, Registration};
 use outrigger_proto::control::registry_client::RegistryClient;
-use outrigger_proto::control::{Port, RegisterRequest, WithdrawRequest};
+use outrigger_proto::control::{FilterReport, Port, RegisterRequest, WithdrawRequest};
 use outrigger_proto::mesh::Protocol;
 
+use crate::filter::{Plugins, StatusRow};
 use crate::flags::{Intercept, Settings};
 use crate::identity::{ControlPlane, IdentityStore};
 
 const CALL: Duration = Duration::from_secs(5);
 const BACKOFF: Duration = Duration::from_millis(200);
 const MAX_BACKOFF: Duration = Duration::from_secs(5);
+/// Filters that are told of.
+const MAX_REPORTS: usize = 256;
+/// Bytes of a failure that are told.
+const MAX_ERROR: usize = 1024;
 /// The control plane confirms within 2 s; this much more for the way.
 const WITHDRAW: Duration = Duration::from_millis(2500);
 
@@ -30,6 +35,8 @@ pub struct Register {
     pub identity: Arc<IdentityStore>,
     /// The bound inbound listener
     pub inbound: SocketAddr,
+    /// Whose health is told with each renewal
+    pub filters: Arc<Plugins>,
 }
 
 impl Register {
@@ -61,7 +68,8 @@ impl Register {
         let channel = self.control.channel();
         let own = self.settings.advertise.or_else(|| self.control.local_address());
         let mut client = RegistryClient::new(channel);
-        let call = client.register(request(&self.settings, self.inbound, own));
+        let filters = self.filters.status().iter().take(MAX_REPORTS).map(report).collect();
+        let call = client.register(RegisterRequest { filters, ..request(&self.settings, self.inbound, own) });
         match tokio::time::timeout(CALL, call).await {
             Ok(Ok(response)) => Ok(Duration::from_millis(response.into_inner().lease_ms.max(300))),
             Ok(Err(status)) => Err(format!("{}: {}", status.code(), status.message())),
@@ -109,6 +117,24 @@ fn request(settings: &Settings, inbound: SocketAddr, own: Option<IpAddr>) -> Reg
             .collect(),
         region: settings.region.clone(),
         zone: settings.zone.clone(),
+        filters: Vec::new(),
+    }
+}
+
+fn report(row: &StatusRow) -> FilterReport {
+    let error = row.refused.as_ref().or(row.last_error.as_ref()).map_or("", String::as_str);
+    FilterReport {
+        namespace: row.namespace.clone(),
+        name: row.name.clone(),
+        sha256: row.sha256.clone(),
+        health: row.health.name().to_owned(),
+        instances: row.instances as u64,
+        requests: row.requests,
+        failures: row.failures,
+        timeouts: row.timeouts,
+        cpu_ms: row.cpu_ms,
+        memory_bytes: row.memory_bytes,
+        last_error: error[..error.floor_char_boundary(MAX_ERROR)].to_owned(),
     }
 }
 

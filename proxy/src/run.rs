@@ -109,7 +109,7 @@ impl Started {
             filter::prometheus(&snapshots.snapshot().filter_rows(&filters), text);
             filters.custom_metrics(text);
         });
-        let (origin, register) = origin(settings, &identity, state, inbound_address, runtime)?;
+        let (origin, register) = origin(settings, &identity, state, inbound_address, &plugins, runtime)?;
         runtime.spawn(
             Discovery {
                 directory,
@@ -174,6 +174,7 @@ fn origin(
     identity: &Arc<IdentityStore>,
     state: Option<StateDir>,
     inbound: SocketAddr,
+    filters: &Arc<Plugins>,
     runtime: &Runtime,
 ) -> Result<(Origin, Option<Arc<Register>>)> {
     match &settings.source {
@@ -190,7 +191,7 @@ fn origin(
             runtime.spawn(identity::run(identity.clone(), control.clone(), state, enrolment));
             let register = (!settings.apps.is_empty()).then(|| {
                 let (settings, control, identity) = (settings.clone(), control.clone(), identity.clone());
-                Arc::new(Register { settings, control, identity, inbound })
+                Arc::new(Register { settings, control, identity, inbound, filters: filters.clone() })
             });
             let remote = Remote { control, identity: identity.clone(), workload: settings.name.clone() };
             Ok((Origin::Remote(remote), register))

@@ -23,7 +23,8 @@ pub enum Health {
 impl Health {
     const ALL: [Self; 4] = [Self::Running, Self::BackingOff, Self::Quarantined, Self::Refused];
 
-    fn name(self) -> &'static str {
+    /// In metrics and reports.
+    pub fn name(self) -> &'static str {
         match self {
             Self::Running => "running",
             Self::BackingOff => "backing-off",
