@@ -413,6 +413,35 @@ fn memory_is_limited() {
     assert!(bytes > 16.0 * 1024.0 * 1024.0, "{bytes}");
 }
 
+/// Holds the bodies of one side for ever.
+fn holds(side: &str) -> Guest {
+    let callback = format!("proxy_on_{side}_body");
+    Guest::new("0_2_1").field(&format!("(func (export \"{callback}\") (param i32 i32 i32) (result i32) (i32.const 1))"))
+}
+
+#[test]
+fn what_a_filter_holds_is_limited() {
+    let mesh = Filtered::start();
+    mesh.module("f.wasm", &holds("request"));
+    mesh.filters(&[("f", "module: {file: f.wasm}\nlimits: {body: 1Ki}")]);
+    mesh.serving("f", "");
+    let body = "x".repeat(4096);
+    let post = || mesh.web.call("reviews", "/held").args(["--data", &body]).send();
+    let response = post();
+    assert_eq!((response.status, response.reason()), (413, Some("filter-request-too-large")), "{response:?}");
+    assert!(mesh.application.requests().iter().all(|request| request.path != "/held"));
+
+    // The response's head is held by the filter behind, so that there is still something to say.
+    mesh.module("f.wasm", &holds("response"));
+    let head = "(func (export \"proxy_on_response_headers\") (param i32 i32 i32) (result i32) (i32.const 1))";
+    mesh.module("g.wasm", &Guest::new("0_2_1").field(head));
+    let held = "module: {file: f.wasm}\norder: 2\nlimits: {body: 16}";
+    mesh.filters(&[("f", held), ("g", "module: {file: g.wasm}\norder: 1")]);
+    mesh.serving("g", "");
+    let response = until("the other filters serve", || Some(post()).filter(|response| response.status != 413));
+    assert_eq!((response.status, response.reason()), (500, Some("filter-response-too-large")), "{response:?}");
+}
+
 #[test]
 fn a_filter_that_keeps_failing_waits_is_reported_and_recovers() {
     let mesh = Filtered::start();

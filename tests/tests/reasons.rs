@@ -240,7 +240,7 @@ fn overflow_connections() {
     assert_eq!(connect().rest(), "", "the third is refused");
     let refused = web.metrics().sum("outrigger_tcp_connections_total", &[("reason", "overflow-connections")]);
     assert!(refused >= 1.0, "{refused}");
-    assert!(web.process.log().contains("\"reason\":\"overflow-connections\""), "{}", web.process.log());
+    until("it is logged", || web.process.log().contains("\"reason\":\"overflow-connections\"").then_some(()));
     assert_eq!(echo.connections(), 2);
 
     // A place becomes free.
