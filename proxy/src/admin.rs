@@ -14,7 +14,7 @@ use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
-use outrigger_core::chain;
+use outrigger_core::{chain, shed};
 use serde_json::{Value, json};
 use tracing_subscriber::{EnvFilter, Registry, reload};
 
@@ -201,6 +201,8 @@ impl Admin {
                     "serverFirst": load.server_first.load(Ordering::Relaxed),
                     "accepted": load.accepted.load(Ordering::Relaxed),
                     "handedOver": load.handed_over.load(Ordering::Relaxed),
+                    "refused": load.refused.get(),
+                    "refusedShare": f64::from(load.shed_share.load(Ordering::Relaxed)) / f64::from(shed::WHOLE),
                 })
             })
             .collect();

@@ -61,6 +61,9 @@ pub struct Flags {
     /// Worker threads. Default: the CPU quota rounded up, at most 2
     #[arg(long, env = "OUTRIGGER_WORKERS", value_parser = clap::value_parser!(u16).range(1..=256))]
     pub workers: Option<u16>,
+    /// Requests in flight per worker, upgraded connections included; more are answered 503 `overloaded`
+    #[arg(long, env = "OUTRIGGER_MAX_REQUESTS", default_value = "10000", value_parser = clap::value_parser!(u32).range(1..))]
+    pub max_requests: u32,
     /// How long a client may take to send the head of a request, from its first byte
     #[arg(long, env = "OUTRIGGER_HEADER_TIMEOUT", default_value = "10s", value_parser = duration, value_name = "DURATION")]
     pub header_timeout: Duration,
@@ -188,6 +191,8 @@ pub struct Settings {
     pub intercept: Intercept,
     /// Worker threads
     pub workers: u16,
+    /// Most requests in flight per worker
+    pub max_requests: u32,
     /// Most time from the first byte of a request's head to its last
     pub header_timeout: Duration,
     /// Least time to accept while draining
@@ -230,6 +235,7 @@ impl Flags {
             advertise: self.advertise,
             admin: self.admin,
             intercept: self.intercept,
+            max_requests: self.max_requests,
             header_timeout: self.header_timeout,
             drain_min: self.drain_min,
             drain_max: self.drain_max,

@@ -15,6 +15,7 @@ pub mod log;
 pub mod metrics;
 pub mod register;
 pub mod run;
+pub mod shed;
 pub mod snapshot;
 pub mod state;
 pub mod tcp;

@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::time::Instant;
 
 use outrigger_core::breaker::Kind;
@@ -78,6 +78,10 @@ pub struct WorkerLoad {
     pub outbound_traced: Tally,
     /// Attempts whose end was told to outlier detection, opaque streams included
     pub judged: Tally,
+    /// Requests refused because the worker had no time or room for them
+    pub refused: Tally,
+    /// The share of new requests that is refused now, see [`outrigger_core::shed::WHOLE`]
+    pub shed_share: AtomicU32,
 }
 
 /// A count that one thread alone writes and others read: no locked instruction is needed.

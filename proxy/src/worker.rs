@@ -23,6 +23,7 @@ use crate::http::Connections;
 use crate::listen::{self, Accepted, Way};
 use crate::log::Lines;
 use crate::metrics::Local;
+use crate::shed::Gate;
 use crate::snapshot::{Snapshot, Target};
 use crate::state::{Proxy, WorkerLoad};
 use crate::upstream::Pools;
@@ -91,6 +92,10 @@ pub struct Worker {
     pub server_first: RefCell<ServerFirst>,
     /// How often refused connections are logged
     pub refusals: RefCell<Quiet>,
+    /// How often overload is logged
+    pub overloads: RefCell<Quiet>,
+    /// Requests in flight, and whether there may be more
+    pub gate: Gate,
     snapshots: RefCell<Cache<Arc<ArcSwap<Snapshot>>, Arc<Snapshot>>>,
 }
 
@@ -110,6 +115,8 @@ impl Worker {
             load: proxy.workers.get(index).cloned().unwrap_or_default(),
             server_first: RefCell::default(),
             refusals: RefCell::default(),
+            overloads: RefCell::default(),
+            gate: Gate::new(proxy.settings.max_requests),
             snapshots: RefCell::new(Cache::new(proxy.directory.cell())),
             proxy,
         })

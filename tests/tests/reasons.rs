@@ -248,6 +248,31 @@ fn overflow_connections() {
     until("another is let in", greeted);
 }
 
+#[test]
+fn overloaded() {
+    let hung = Backend::http_with(loopback(), "v1", |request| match &*request.path {
+        "/hang" => Reply::Hang,
+        _ => Reply::Answer { status: 200, headers: Vec::new(), body: Vec::new() },
+    });
+    let pair = Pair::start_with("", hung, &[("--max-requests", "1")], &[]);
+    until("the application is reached", || (pair.call("/").send().status == 200).then_some(()));
+    let mut held = pair.raw();
+    held.send("GET /hang HTTP/1.1\r\nHost: app\r\n\r\n");
+    until("a request is in flight", || pair.app.requests().iter().any(|request| request.path == "/hang").then_some(()));
+    let response = pair.call("/").send();
+    assert_told(&response, 503, "overloaded");
+    assert_eq!(response.header("retry-after"), Some("1"));
+
+    // Who looks after it is answered all the same.
+    let stats = pair.web.admin("/stats").json();
+    assert_eq!(stats["workers"][0]["refused"], 1, "{stats}");
+    let refused = pair.web.metrics().sum("outrigger_requests_total", &[("code", "503"), ("reason", "overloaded")]);
+    assert!((refused - 1.0).abs() < f64::EPSILON, "{refused}");
+
+    drop(held);
+    until("there is room again", || (pair.call("/").send().status == 200).then_some(()));
+}
+
 /// What is upgraded cannot be asked to end: it is cut at the maximum time, and the access log says why.
 #[test]
 fn draining() {

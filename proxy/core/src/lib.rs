@@ -23,4 +23,5 @@ pub mod reason;
 pub mod resource;
 pub mod retry;
 pub mod route;
+pub mod shed;
 pub mod spiffe;

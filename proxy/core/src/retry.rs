@@ -156,7 +156,10 @@ fn spreads(reason: Reason) -> bool {
 
 /// A proxy refused for the sake of its own limits: that says nothing about the endpoint.
 pub fn overload(reason: Reason) -> bool {
-    matches!(reason, Reason::OverflowPending | Reason::OverflowRequests | Reason::OverflowConnections)
+    matches!(
+        reason,
+        Reason::OverflowPending | Reason::OverflowRequests | Reason::OverflowConnections | Reason::Overloaded
+    )
 }
 
 /// A peer's proxy answered before its application saw anything, and another endpoint may do better.

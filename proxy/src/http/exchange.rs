@@ -21,6 +21,7 @@ use super::{
 use crate::filter::{Chain, StreamInfo};
 use crate::log::Entry;
 use crate::metrics::{Known, Metric};
+use crate::shed;
 use crate::snapshot::Snapshot;
 use crate::state::Busy;
 use crate::upstream::Received;
@@ -135,6 +136,7 @@ impl Running {
     pub(super) fn new(connection: &Rc<Connection>) -> Self {
         connection.requests.set(connection.requests.get() + 1);
         connection.running.set(connection.running.get() + 1);
+        connection.worker.gate.enter();
         let busy = Busy::request(&connection.worker.load, connection.way() == Way::Inbound);
         Self { connection: connection.clone(), _mark: connection.phase.exchange(), _busy: busy }
     }
@@ -143,6 +145,7 @@ impl Running {
 impl Drop for Running {
     fn drop(&mut self) {
         self.connection.running.set(self.connection.running.get() - 1);
+        self.connection.worker.gate.leave();
     }
 }
 
@@ -162,6 +165,7 @@ pub(super) async fn handle(
     let incomer = Incomer { head, body: ClientBody::Plain(body), upgrade };
     let connection = exchange.connection.clone();
     let answer = match &connection.info {
+        _ if shed::refuses(&connection.worker) => Err(exchange.refuse()),
         _ if too_large(&incomer.head) => Err(Reason::HeadersTooLarge.into()),
         ConnectionInfo::Outbound(info) => outbound::handle(&mut exchange, info, incomer).await,
         ConnectionInfo::Inbound(info) => inbound::handle(&mut exchange, info, incomer).await,
@@ -225,6 +229,12 @@ impl Exchange {
         };
         hops.restore(&mut response);
         Ok(response.map(|body| ResponseBody::full(body).holding(running)))
+    }
+
+    /// The worker has no time for it. It is counted, but not in the access log: that would cost more than the refusal.
+    fn refuse(&mut self) -> Failure {
+        self.access_log = AccessLog::Off;
+        Reason::Overloaded.into()
     }
 
     /// What an inbound exchange is counted under.

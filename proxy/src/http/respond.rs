@@ -1,6 +1,6 @@
 //! The one place where the mesh itself answers: every such response says why.
 
-use ::http::header::{CONTENT_LENGTH, CONTENT_TYPE};
+use ::http::header::{CONTENT_LENGTH, CONTENT_TYPE, RETRY_AFTER};
 use ::http::{HeaderMap, HeaderName, HeaderValue, Response, Version};
 use bytes::Bytes;
 use outrigger_core::reason::{self, Reason};
@@ -10,8 +10,19 @@ pub(crate) const REASON: HeaderName = HeaderName::from_static(reason::HEADER);
 const GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");
 const GRPC_MESSAGE: HeaderName = HeaderName::from_static("grpc-message");
 
+/// Seconds after which an overload may be over.
+const LATER: HeaderValue = HeaderValue::from_static("1");
+
 /// The response for a reason. `detail` says what exactly, or is empty. A gRPC request gets a trailers-only response.
 pub(crate) fn respond(reason: Reason, grpc: bool, detail: &str) -> Response<Bytes> {
+    let mut response = explain(reason, grpc, detail);
+    if reason == Reason::Overloaded {
+        response.headers_mut().insert(RETRY_AFTER, LATER);
+    }
+    response
+}
+
+fn explain(reason: Reason, grpc: bool, detail: &str) -> Response<Bytes> {
     let code = HeaderValue::from_static(reason.code());
     if grpc {
         let mut response = Response::new(Bytes::new());

@@ -454,3 +454,4 @@ mod h2;
 mod idle;
 mod limits;
 mod retrying;
+mod shed;

@@ -68,6 +68,7 @@ fn overload_and_what_the_policy_does_not_name_are_not_retried() {
         status(503, Some(Reason::OverflowRequests)),
         status(503, Some(Reason::OverflowPending)),
         status(503, Some(Reason::OverflowConnections)),
+        status(503, Some(Reason::Overloaded)),
         status(503, Some(Reason::FilterFailed)),
         status(500, None),
         Failure::Response { status: 200, grpc: Some(13), reason: None },

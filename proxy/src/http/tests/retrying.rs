@@ -219,7 +219,7 @@ fn a_long_lived_upgrade_is_a_finished_probe() {
 #[test]
 fn a_proxy_that_sheds_load_is_not_ejected() {
     run(async {
-        for (reason, ejected) in [("overflow-requests", false), ("connect-failure", true)] {
+        for (reason, ejected) in [("overflow-requests", false), ("overloaded", false), ("connect-failure", true)] {
             let server = TestProxy::new("reviews");
             let identity = server.worker.proxy.identity.required().unwrap();
             let (listener, address) = listen().await;

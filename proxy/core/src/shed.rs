@@ -1,0 +1,208 @@
+//! Which requests a worker refuses because it has no time for them: what it takes on late, clients have given up on by then.
+//!
+//! The measure is the worker's lag: how long a task that is ready waits until it runs. As with CoDel (RFC 8289) a short queue
+//! is no overload, only one that stands: longer than [`TARGET`] during a whole [`INTERVAL`]. From then on the share of new
+//! requests that is refused follows the lag as PIE's drop probability does (RFC 8033), until none is refused.
+
+use std::time::{Duration, Instant};
+
+/// A lag that is no overload yet.
+pub const TARGET: Duration = Duration::from_millis(50);
+/// How long the lag has to be above the target before the first request is refused.
+pub const INTERVAL: Duration = Duration::from_millis(100);
+/// All requests, in the unit of shares: a share is so many of 65,536.
+pub const WHOLE: u32 = 1 << 16;
+/// The largest share: some always pass, so that recovery is seen.
+pub const MOST: u32 = WHOLE / 100 * 95;
+
+/// How fast the share follows: per second, and for each [`TARGET`] that the lag is away from the target.
+const GAIN: f64 = 1.0;
+/// How much a growing lag counts at once, for each [`TARGET`] of growth: damps the swings.
+const DAMPING: f64 = 0.1;
+/// Of the lag, in targets: one late sample must not decide by itself.
+const CLIP: f64 = 4.0;
+
+/// One worker's overload.
+#[derive(Debug, Default)]
+pub struct Shed {
+    /// Since when the lag is above the target
+    above: Option<Instant>,
+    /// The last sample: when, and its lag in targets
+    last: Option<(Instant, f64)>,
+    /// What is refused, 0 to 1
+    share: f64,
+}
+
+impl Shed {
+    /// The share of new requests to refuse from now on, see [`WHOLE`], after a sample of the lag at `now`.
+    pub fn observe(&mut self, lag: Duration, now: Instant) -> u32 {
+        let late = (lag.as_secs_f64() / TARGET.as_secs_f64()).min(CLIP);
+        let (before, was) = self.last.replace((now, late)).unwrap_or((now, late));
+        if lag <= TARGET {
+            self.above = None;
+        }
+        // The queue stood for as long as what was at its head has waited.
+        let since = (lag > TARGET).then(|| *self.above.get_or_insert(now));
+        let stands = since.is_some_and(|since| now.saturating_duration_since(since) >= INTERVAL);
+        if stands || self.share > 0.0 {
+            let passed = now.saturating_duration_since(before).min(2 * INTERVAL).as_secs_f64();
+            self.share += GAIN * (late - 1.0) * passed + DAMPING * (late - was);
+            self.share = self.share.clamp(0.0, f64::from(MOST) / f64::from(WHOLE));
+        }
+        self.share()
+    }
+
+    /// The share of new requests to refuse, see [`WHOLE`].
+    #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // 0 to MOST
+    pub fn share(&self) -> u32 {
+        (self.share * f64::from(WHOLE)) as u32
+    }
+}
+
+/// Whether a request is refused. `random` is any number, evenly distributed.
+pub fn refused(share: u32, random: u16) -> bool {
+    u32::from(random) < share
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::VecDeque;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// Between two samples, as the worker takes them.
+    const TICK: u64 = 10_000;
+    /// Cost of a request, µs: the worker is saturated at 1,000 requests a second.
+    const REQUEST: u64 = 1_000;
+    /// Cost of refusing one, µs.
+    const REFUSAL: u64 = 50;
+
+    /// What became of a worker in simulated time.
+    #[derive(Debug, Default)]
+    struct Outcome {
+        served: u64,
+        refused: u64,
+        /// Longest wait of one that was served, µs
+        longest: u64,
+        share: u32,
+    }
+
+    /// One worker's run queue, first in first out, with requests at an even rate. Everything in µs.
+    struct Simulated {
+        start: Instant,
+        now: u64,
+        next: u64,
+        due: u64,
+        /// When it became ready; `None` is the sampler
+        queue: VecDeque<Option<u64>>,
+        sampling: bool,
+        shed: Shed,
+        rng: fastrand::Rng,
+    }
+
+    impl Simulated {
+        fn new(seed: u64) -> Self {
+            Self {
+                start: Instant::now(),
+                now: 0,
+                next: 0,
+                due: TICK,
+                queue: VecDeque::new(),
+                sampling: false,
+                shed: Shed::default(),
+                rng: fastrand::Rng::with_seed(seed),
+            }
+        }
+
+        fn run(&mut self, seconds: u64, per_second: u64) -> Outcome {
+            let mut outcome = Outcome::default();
+            let end = self.now + seconds * 1_000_000;
+            while self.now < end {
+                while self.next <= self.now {
+                    self.queue.push_back(Some(self.next));
+                    self.next += 1_000_000 / per_second;
+                }
+                if !self.sampling && self.due <= self.now {
+                    self.sampling = true;
+                    self.queue.push_back(None);
+                }
+                match self.queue.pop_front() {
+                    None => self.now = self.next.min(if self.sampling { u64::MAX } else { self.due }),
+                    Some(None) => {
+                        let lag = Duration::from_micros(self.now - self.due);
+                        self.shed.observe(lag, self.start + Duration::from_micros(self.now));
+                        self.due = self.now + TICK;
+                        self.sampling = false;
+                    }
+                    Some(Some(_)) if refused(self.shed.share(), self.rng.u16(..)) => {
+                        outcome.refused += 1;
+                        self.now += REFUSAL;
+                    }
+                    Some(Some(ready)) => {
+                        outcome.served += 1;
+                        outcome.longest = outcome.longest.max(self.now - ready);
+                        self.now += REQUEST;
+                    }
+                }
+            }
+            outcome.share = self.shed.share();
+            outcome
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(32))]
+
+        #[test]
+        fn at_twice_saturation_the_worker_stays_busy_and_waits_stay_short(seed: u64) {
+            let mut worker = Simulated::new(seed);
+            worker.run(5, 2_000);
+            let outcome = worker.run(20, 2_000);
+            // 947 a second is what the cost of refusing leaves at best.
+            prop_assert!(outcome.served >= 20 * 900, "{outcome:?}");
+            prop_assert!(outcome.longest < 500_000, "{outcome:?}");
+        }
+
+        #[test]
+        fn below_saturation_nothing_is_refused_and_after_overload_nothing_either(seed: u64, load in 100_u64..950) {
+            let mut worker = Simulated::new(seed);
+            prop_assert_eq!(worker.run(5, load).refused, 0);
+            prop_assert!(worker.run(5, 3_000).refused > 0);
+            worker.run(5, load);
+            let after = worker.run(5, load);
+            prop_assert!(after.refused == 0 && after.share == 0, "{after:?}");
+        }
+
+        #[test]
+        fn a_share_is_bounded_whatever_the_samples(samples: Vec<(u16, u16)>) {
+            let mut now = Instant::now();
+            let mut shed = Shed::default();
+            for (lag, passed) in samples {
+                now += Duration::from_millis(passed.into());
+                prop_assert!(shed.observe(Duration::from_millis(lag.into()), now) <= MOST);
+            }
+        }
+    }
+
+    #[test]
+    fn a_queue_that_does_not_stand_is_no_overload() {
+        let start = Instant::now();
+        let mut shed = Shed::default();
+        let at = |ms| start + Duration::from_millis(ms);
+        for round in 0..10 {
+            // 90 ms late, again and again, with a sample in time between.
+            assert_eq!(shed.observe(Duration::from_millis(90), at(round * 110 + 90)), 0);
+            assert_eq!(shed.observe(Duration::ZERO, at(round * 110 + 100)), 0);
+        }
+        assert_eq!(shed.observe(Duration::from_millis(90), at(2_000)), 0);
+        assert!(shed.observe(Duration::from_millis(90), at(2_100)) > 0, "it stood for an interval");
+    }
+
+    #[test]
+    fn a_share_is_what_is_refused() {
+        let of = |share| (0..=u16::MAX).filter(|random| refused(share, *random)).count();
+        assert_eq!((of(0), of(WHOLE / 4), of(WHOLE)), (0, 1 << 14, 1 << 16));
+    }
+}
