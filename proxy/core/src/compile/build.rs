@@ -143,7 +143,9 @@ fn module(filter: &WasmFilter, modules: &Modules) -> Result<Module, (&'static st
             "no module of this digest is here; give it by `outrigger filter push`".to_owned()
         }
         (None, ModuleSource::File(_)) => format!("{source} cannot be read"),
-        (None, ModuleSource::Url(_) | ModuleSource::Oci(_)) => format!("{source} is not fetched yet"),
+        (None, ModuleSource::Url(_) | ModuleSource::Oci(_)) => format!(
+            "{source} is on another host, which is not supported yet; give it by `outrigger filter push` and name its sha256"
+        ),
     };
     Err((source.field(), why))
 }
