@@ -1,4 +1,5 @@
 """Correctness: what a peer must do before it is measured, and what Outrigger's counters must say after."""
+import http.client
 import os
 import re
 import socket
@@ -22,24 +23,16 @@ def http1(port, method="GET", body=b"", tls=None, sock=None, close=True, path="/
     if body:
         h += "Content-Length: %d\r\n" % len(body)
     s.sendall((h + ("Connection: close\r\n" if close else "") + "\r\n").encode() + body)
-    buf = b""
-    while b"\r\n\r\n" not in buf:
-        d = s.recv(65536)
-        if not d:
-            raise OSError("closed early")
-        buf += d
-    head, rest = buf.split(b"\r\n\r\n", 1)
-    lines = head.decode().split("\r\n")
-    hd = {k.lower(): v.strip() for k, v in (x.split(":", 1) for x in lines[1:])}
-    n = int(hd.get("content-length", len(rest)))
-    while len(rest) < n:
-        d = s.recv(65536)
-        if not d:
-            raise OSError("short body")
-        rest += d
+    response = http.client.HTTPResponse(s, method=method)
+    try:
+        response.begin()
+        rest = response.read()
+    except http.client.HTTPException as e:
+        raise OSError(repr(e))
+    hd = {k.lower(): v for k, v in response.getheaders()}
     if close:
         s.close()
-    return int(lines[0].split()[1]), hd, rest
+    return response.status, hd, rest
 
 
 def http2(port, path="/svc-0/"):
