@@ -14,12 +14,12 @@ fn run(number: u32) {
 }
 
 macro_rules! cases {
-    ($($name:ident = $number:literal;)*) => {$(
+    ($($group:ident { $($name:ident = $number:literal;)* })*) => {$($(
         #[test]
         fn $name() {
             run($number);
         }
-    )*};
+    )*)*};
 }
 
 include!("../proxy-wasm/cases.rs");
