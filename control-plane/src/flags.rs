@@ -34,6 +34,10 @@ pub struct Flags {
     /// How long a registration lasts without a renewal: 500ms, 15s, 1m
     #[arg(long, env = "OUTRIGGER_LEASE", value_name = "TIME", default_value = "15s", value_parser = lease)]
     pub lease: Duration,
+    /// Logins for hosts that filters' modules come from: a Docker `config.json` (auths with auth, username and password, or
+    /// registrytoken), read at each fetch
+    #[arg(long, env = "OUTRIGGER_REGISTRY_CONFIG", value_name = "FILE")]
+    pub registry_config: Option<PathBuf>,
     /// Write no join token that may join as anything (it is for trying things out)
     #[arg(long, env = "OUTRIGGER_NO_BOOTSTRAP_TOKEN")]
     pub no_bootstrap_token: bool,

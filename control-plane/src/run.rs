@@ -31,6 +31,7 @@ use crate::flags::Flags;
 use crate::grants::Grants;
 use crate::mesh::{Mesh, Settings};
 use crate::metrics::Metrics;
+use crate::modules::remote::Fetcher;
 use crate::proxies::Proxies;
 use crate::refusals::Refusals;
 use crate::reports::Reports;
@@ -157,6 +158,7 @@ impl Control {
         };
 
         let certificate = ServerCert::new(authority.clone())?;
+        let fetcher = Fetcher::new(flags.registry_config.clone()).context("a client for modules on other hosts")?;
         let grpc = bind("--grpc", flags.grpc).await?;
         let http = bind("--http", flags.http).await?;
         let (grpc_address, http_address) = (grpc.local_addr()?, http.local_addr()?);
@@ -166,6 +168,7 @@ impl Control {
             tokio::spawn(async move { axum::serve(http, api.router()).with_graceful_shutdown(told(stopping)).await });
         let tasks = vec![
             tokio::spawn(mesh.clone().run(changes)),
+            tokio::spawn(modules::follow::follow(mesh.clone(), fetcher)),
             tokio::spawn(certificate.run()),
             tokio::spawn(follow_lifetime(mesh.clone(), authority)),
         ];

@@ -1,6 +1,8 @@
 //! Filter modules: where they come from, where they are kept, and how proxies get them (over gRPC, by digest, in chunks, from an
 //! offset).
 
+pub mod follow;
+pub mod remote;
 pub mod store;
 
 use std::io::SeekFrom;
