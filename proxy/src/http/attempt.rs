@@ -17,9 +17,11 @@ use outrigger_core::route;
 use super::exchange::{Answer, Exchange, Failure};
 use super::request::{self as outgoing, Outgoing};
 use super::respond;
+use crate::io::Io;
 use crate::metrics::{Known, Metric};
 use crate::state::WorkerLoad;
 use crate::tls::Peer;
+use crate::upstream::http1::Failed as Unanswered;
 use crate::upstream::{Cluster, ConnectError, Lease, Received, Security, SendError, Target, Wire, WireError};
 use crate::worker::Worker;
 
@@ -123,6 +125,11 @@ impl Attempt {
         }
     }
 
+    /// The endpoint's side of an upgrade.
+    pub(super) fn switch(&mut self) -> Option<Io> {
+        self.lease.as_mut()?.switch()
+    }
+
     /// Who proved to be at the other end of an upgraded connection.
     pub(super) fn peer(&self) -> Option<&Peer> {
         self.lease.as_ref()?.peer()
@@ -160,10 +167,10 @@ impl Failed {
         Self { kind, answer: Failure::new(error.reason, &*error.detail) }
     }
 
-    /// `unsent`: hyper handed the request back.
+    /// `unsent`: nothing of it went out.
     fn sent(unsent: bool, error: &WireError) -> Self {
         let kind = if unsent || unprocessed(error) { retry::Failure::Unprocessed } else { retry::Failure::Reset };
-        let parsed = matches!(error, WireError::Http1(error) if error.is_parse());
+        let parsed = matches!(error, WireError::Http1(error) if error.is_protocol());
         let reason = if parsed { Reason::UpstreamProtocol } else { Reason::UpstreamReset };
         Self { kind, answer: Failure::new(reason, describe(error)) }
     }
@@ -201,7 +208,7 @@ pub(super) async fn direct(x: &mut Exchange, target: &Target, mut out: Outgoing)
         x.attempts += 1;
         match send(&worker, target, &mut out).await {
             Ok((response, lease)) => {
-                let (lease, upgrade) = (Some(lease), out.upgrade);
+                let (lease, upgrade) = (Some(lease), out.upgrade.take());
                 let attempt =
                     Attempt { chosen: None, lease, trusted, outcome: Outcome::Success, deadline: None, upgrade };
                 return Ok(Answer::Upstream(response, Box::new(attempt)));
@@ -218,19 +225,32 @@ const STALE: u32 = 2;
 
 async fn send(worker: &Worker, target: &Target, out: &mut Outgoing) -> Result<Responded, Failed> {
     let mut lease = worker.pools.checkout(target).await.map_err(|error| Failed::connect(&error))?;
-    let Some(request) = out.request(target.wire) else {
+    let Some(body) = out.attempt() else {
         return Err(Failed { kind: retry::Failure::Reset, answer: Reason::UpstreamReset.into() });
     };
-    match lease.send(request).await {
-        Ok(response) => Ok((response, lease)),
-        Err(SendError { unsent, error }) => {
-            let back = unsent.is_some();
-            if let Some(request) = unsent {
-                out.take_back(request);
+    let sent = match target.wire {
+        Wire::Http1 | Wire::Tcp => match lease.send_http1(&out.http1(), body).await {
+            Ok(response) => Ok(response),
+            Err(Unanswered { unsent, error }) => {
+                let back = unsent.is_some();
+                if let Some(body) = unsent {
+                    out.body.take_back(body);
+                }
+                Err(Failed::sent(back, &error.into()))
             }
-            Err(Failed::sent(back, &error))
-        }
-    }
+        },
+        Wire::Http2 => match lease.send_http2(out.http2(body)).await {
+            Ok(response) => Ok(response),
+            Err(SendError { unsent, error }) => {
+                let back = unsent.is_some();
+                if let Some(request) = unsent {
+                    out.take_back(request);
+                }
+                Err(Failed::sent(back, &error))
+            }
+        },
+    };
+    sent.map(|response| (response, lease))
 }
 
 /// Sends a routed request, as often as its plan allows.

@@ -3,14 +3,11 @@
 use std::cell::RefCell;
 use std::pin::Pin;
 use std::rc::Rc;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use ::http::HeaderMap;
 use bytes::Bytes;
-use futures_util::task::AtomicWaker;
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 use tokio::time::Sleep;
@@ -31,7 +28,7 @@ const CONTINUE_AFTER: Duration = Duration::from_secs(1);
 pub struct RequestBody {
     source: Source,
     /// Holds the body back: `Expect: 100-continue`
-    gate: Option<Gate>,
+    gate: Option<Pin<Box<Sleep>>>,
 }
 
 /// A client's body.
@@ -110,11 +107,22 @@ impl RequestBody {
         }
     }
 
-    /// The body is not asked of the client before the gate opens.
+    /// The body is not asked of the client before it is opened, or [`CONTINUE_AFTER`] has passed: some servers never say that
+    /// they want it.
     #[must_use]
-    pub fn gated(mut self, gate: Gate) -> Self {
-        self.gate = Some(gate);
+    pub(super) fn held(mut self) -> Self {
+        self.gate = Some(Box::pin(tokio::time::sleep(CONTINUE_AFTER)));
         self
+    }
+
+    /// The endpoint wants it.
+    pub(crate) fn open(&mut self) {
+        self.gate = None;
+    }
+
+    /// Nothing of it was asked of the client.
+    pub(crate) fn is_held(&self) -> bool {
+        self.gate.is_some()
     }
 }
 
@@ -124,7 +132,7 @@ impl Body for RequestBody {
 
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         if let Some(gate) = &mut self.gate {
-            std::task::ready!(gate.poll_open(cx));
+            std::task::ready!(gate.as_mut().poll(cx));
             self.gate = None;
         }
         match &mut self.source {
@@ -153,44 +161,6 @@ impl Body for RequestBody {
             Source::Made(body) => body.size_hint(),
             Source::Replay { buffer, .. } => buffer.0.borrow().size,
         }
-    }
-}
-
-/// Opens at the upstream's `100 Continue`, or after one second (some servers never send it).
-#[derive(Debug)]
-pub struct Gate {
-    signal: Arc<Signal>,
-    after: Pin<Box<Sleep>>,
-}
-
-/// The other end of a [`Gate`].
-#[derive(Debug, Default)]
-pub struct Signal {
-    open: AtomicBool,
-    waker: AtomicWaker,
-}
-
-impl Signal {
-    /// The body may flow.
-    pub fn open(&self) {
-        self.open.store(true, Ordering::Release);
-        self.waker.wake();
-    }
-}
-
-impl Gate {
-    /// A gate and what opens it.
-    pub fn new() -> (Self, Arc<Signal>) {
-        let signal = Arc::<Signal>::default();
-        (Self { signal: signal.clone(), after: Box::pin(tokio::time::sleep(CONTINUE_AFTER)) }, signal)
-    }
-
-    fn poll_open(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        self.signal.waker.register(cx.waker());
-        if self.signal.open.load(Ordering::Acquire) {
-            return Poll::Ready(());
-        }
-        self.after.as_mut().poll(cx)
     }
 }
 

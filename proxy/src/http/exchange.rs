@@ -379,12 +379,13 @@ impl Exchange {
     /// Both sides have agreed to speak something else.
     pub(super) fn upgrade(
         self: Box<Self>,
-        mut response: Response<()>,
+        response: Response<()>,
         mut attempt: Box<Attempt>,
         running: Running,
     ) -> Response<ResponseBody> {
-        if let Some(client) = attempt.upgrade.take() {
-            let server = hyper::upgrade::on(&mut response);
+        if let Some(client) = attempt.upgrade.take()
+            && let Some(server) = attempt.switch()
+        {
             upgrade::start(self, attempt, (client, server), running);
         }
         response.map(|()| ResponseBody::full(Bytes::new()))

@@ -1,16 +1,17 @@
 //! A request as it goes to an endpoint: its head in the form of the next hop, its body as often as it is needed.
 
-use ::http::header::{CONNECTION, CONTENT_LENGTH, EXPECT, HOST, TE, TRANSFER_ENCODING, UPGRADE};
+use ::http::header::{EXPECT, HOST, TE};
 use ::http::uri::{Authority, PathAndQuery, Scheme};
-use ::http::{HeaderMap, HeaderValue, Method, Request, StatusCode, Uri, Version, request};
+use ::http::{HeaderMap, HeaderValue, Request, Uri, Version, request};
 use http_body::Body;
 use hyper::upgrade::OnUpgrade;
 use outrigger_core::link::Protocol;
 use outrigger_core::normalize::Canonical;
 
-use super::body::{ClientBody, Gate, ReplayBuffer, RequestBody};
+use super::body::{ClientBody, ReplayBuffer, RequestBody};
 use super::made::Made;
 use crate::upstream::Wire;
+use crate::upstream::http1::{self, Head};
 
 /// Bytes of a body that are kept for another attempt.
 const REPLAY: usize = 64 * 1024;
@@ -21,9 +22,9 @@ pub(super) struct Outgoing {
     pub(super) head: request::Parts,
     pub(super) body: Sendable,
     pub(super) upgrade: Option<OnUpgrade>,
-    /// There is no other attempt, whatever happens, unless hyper hands the request back
+    /// There is no other attempt, whatever happens, unless the request comes back unsent
     pub(super) once: bool,
-    /// The headers went with an attempt
+    /// The headers went with an attempt over HTTP/2
     gone: bool,
     trailers: bool,
 }
@@ -66,7 +67,7 @@ impl Sendable {
         }
     }
 
-    fn take_back(&mut self, body: RequestBody) {
+    pub(super) fn take_back(&mut self, body: RequestBody) {
         if let Self::Once(place) = self {
             *place = body.into_client();
         }
@@ -115,7 +116,7 @@ impl Outgoing {
         !self.gone && self.body.replayable()
     }
 
-    /// hyper did not send this one.
+    /// This one was not sent over HTTP/2.
     pub(super) fn take_back(&mut self, request: Request<RequestBody>) {
         let (mut head, body) = request.into_parts();
         self.body.take_back(body);
@@ -128,6 +129,38 @@ impl Outgoing {
         }
     }
 
+    /// The body of one attempt. `None`: it is gone.
+    pub(super) fn attempt(&mut self) -> Option<RequestBody> {
+        let body = if self.gone { None } else { self.body.take() }?;
+        // With `Expect: 100-continue` the client's body is asked for only when the endpoint asks for it.
+        let expect = self.head.headers.get(EXPECT).filter(|_| !body.is_end_stream());
+        let waits = expect.is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(b"100-continue"));
+        Some(if waits { body.held() } else { body })
+    }
+
+    /// The head of an attempt over HTTP/1.
+    pub(super) fn http1(&self) -> Head<'_> {
+        Head {
+            method: &self.head.method,
+            uri: &self.head.uri,
+            headers: &self.head.headers,
+            upgrade: self.upgrade.is_some(),
+            trailers: self.trailers,
+        }
+    }
+
+    /// The request of an attempt over HTTP/2.
+    pub(super) fn http2(&mut self, body: RequestBody) -> Request<RequestBody> {
+        let mut request = Request::new(body);
+        *request.method_mut() = self.head.method.clone();
+        *request.headers_mut() = self.headers();
+        self.address(&mut request);
+        if self.trailers {
+            request.headers_mut().insert(TE, HeaderValue::from_static("trailers"));
+        }
+        request
+    }
+
     /// The headers of one attempt: a copy only where there may be another.
     fn headers(&mut self) -> HeaderMap {
         if self.once || matches!(self.body, Sendable::Once(_)) {
@@ -137,57 +170,7 @@ impl Outgoing {
         self.head.headers.clone()
     }
 
-    /// The request of one attempt. `None`: its body is gone.
-    pub(super) fn request(&mut self, wire: Wire) -> Option<Request<RequestBody>> {
-        let body = if self.gone { None } else { self.body.take() }?;
-        let mut request = Request::new(body);
-        *request.method_mut() = self.head.method.clone();
-        *request.headers_mut() = self.headers();
-        match wire {
-            Wire::Http2 => self.http2(&mut request),
-            Wire::Http1 | Wire::Tcp => self.http1(&mut request),
-        }
-        if self.trailers {
-            request.headers_mut().insert(TE, HeaderValue::from_static("trailers"));
-        }
-        Some(expecting(request))
-    }
-
-    fn http1(&self, request: &mut Request<RequestBody>) {
-        *request.version_mut() = Version::HTTP_11;
-        let uri = &self.head.uri;
-        *request.uri_mut() = match uri.path_and_query() {
-            Some(path) => Uri::from(path.clone()),
-            None => Uri::from_static("/"),
-        };
-        let framed = request.body().is_end_stream();
-        let known = request.body().size_hint().exact();
-        let method = &self.head.method;
-        let headers = request.headers_mut();
-        if let Some(host) = uri.authority().filter(|_| !headers.contains_key(HOST)).and_then(host) {
-            headers.insert(HOST, host);
-        }
-        // RFC 9110, 8.6: some servers refuse these without a length, and a filter may have made one of a GET.
-        let expected = matches!(*method, Method::POST | Method::PUT | Method::PATCH);
-        if framed && expected && !headers.contains_key(CONTENT_LENGTH) {
-            headers.insert(CONTENT_LENGTH, HeaderValue::from_static("0"));
-        }
-        // hyper would take a GET with a body of unknown length for one without.
-        if !framed && !headers.contains_key(CONTENT_LENGTH) && known.is_none() {
-            headers.insert(TRANSFER_ENCODING, HeaderValue::from_static("chunked"));
-        }
-        let connection = match (self.upgrade.is_some(), self.trailers) {
-            (true, _) => "upgrade",
-            (false, true) => "te",
-            (false, false) => return,
-        };
-        headers.insert(CONNECTION, HeaderValue::from_static(connection));
-        if self.upgrade.is_some() {
-            headers.insert(UPGRADE, HeaderValue::from_static("websocket"));
-        }
-    }
-
-    fn http2(&self, request: &mut Request<RequestBody>) {
+    fn address(&self, request: &mut Request<RequestBody>) {
         *request.version_mut() = Version::HTTP_2;
         let path = self.head.uri.path_and_query().cloned().unwrap_or(PathAndQuery::from_static("/"));
         let mut parts = ::http::uri::Parts::default();
@@ -212,19 +195,8 @@ pub(super) fn authority(uri: &Uri, headers: &HeaderMap) -> Option<Authority> {
     written.or_else(|| uri.authority().cloned())
 }
 
-/// With `Expect: 100-continue` the client's body is asked for only when the endpoint asks for it.
-fn expecting(request: Request<RequestBody>) -> Request<RequestBody> {
-    let expects =
-        request.headers().get(EXPECT).is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(b"100-continue"));
-    if !expects || request.body().is_end_stream() {
-        return request;
+impl Drop for Outgoing {
+    fn drop(&mut self) {
+        http1::keep_headers(std::mem::take(&mut self.head.headers));
     }
-    let (gate, signal) = Gate::new();
-    let mut request = request.map(|body| body.gated(gate));
-    hyper::ext::on_informational(&mut request, move |response| {
-        if response.status() == StatusCode::CONTINUE {
-            signal.open();
-        }
-    });
-    request
 }

@@ -448,6 +448,7 @@ fn an_instance_hit_by_its_address_gets_mtls() {
 }
 
 mod counts;
+mod endpoints;
 mod ends;
 mod filtered;
 mod h2;

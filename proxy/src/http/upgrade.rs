@@ -1,6 +1,6 @@
 //! WebSocket: after both sides agreed, bytes.
 
-use hyper::upgrade::{OnUpgrade, Upgraded};
+use hyper::upgrade::OnUpgrade;
 use hyper_util::rt::TokioIo;
 use outrigger_core::reason::Reason;
 use std::time::Duration;
@@ -8,6 +8,7 @@ use std::time::Duration;
 use super::Way;
 use super::attempt::Attempt;
 use super::exchange::{Exchange, Running};
+use crate::io::Io;
 use crate::listen;
 use crate::metrics::Metric;
 use crate::{tcp, tls};
@@ -19,7 +20,7 @@ const IDLE: Duration = Duration::from_secs(3600);
 pub(super) fn start(
     mut exchange: Box<Exchange>,
     mut attempt: Box<Attempt>,
-    (client, server): (OnUpgrade, OnUpgrade),
+    (client, server): (OnUpgrade, Io),
     running: Running,
 ) {
     let worker = exchange.connection.worker.clone();
@@ -33,11 +34,10 @@ pub(super) fn start(
         let _open = worker.metrics.hold(Metric::Upgrades, &[exchange.connection.way().name()]);
         // The endpoint has done its part: how long the connection lives says nothing of it.
         attempt.connected();
-        let both = async { tokio::try_join!(client, server) };
         let store = &worker.proxy.identity;
-        match both.await {
-            Ok((client, server)) => tokio::select! {
-                copied = tcp::copy(io(client), io(server), IDLE) => exchange.count(copied.sent, copied.received),
+        match client.await {
+            Ok(client) => tokio::select! {
+                copied = tcp::copy(TokioIo::new(client), server, IDLE) => exchange.count(copied.sent, copied.received),
                 () = worker.drain.cut() => exchange.end_with(Reason::Draining),
                 _why = tls::cut(exchange.connection.proof(), store) => exchange.end_with(Reason::PeerIdentity),
                 _why = tls::cut(attempt.peer(), store) => exchange.end_with(Reason::PeerIdentity),
@@ -46,8 +46,4 @@ pub(super) fn start(
         }
         drop((exchange, attempt, running, count));
     });
-}
-
-fn io(upgraded: Upgraded) -> TokioIo<Upgraded> {
-    TokioIo::new(upgraded)
 }

@@ -5,8 +5,6 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use hyper::client::conn::http1;
-use hyper_util::rt::TokioIo;
 use outrigger_core::balance::Endpoint;
 use outrigger_core::breaker::{Permit, Wanted};
 use outrigger_core::link::{Backend, Limits, Protocol};
@@ -15,15 +13,13 @@ use outrigger_core::spiffe::SpiffeId;
 use tokio::net::TcpStream;
 
 use super::Cluster;
-use crate::http::{RequestBody, Way};
+use crate::http::Way;
 use crate::io::Io;
 use crate::metrics::{Held, Local, Metric};
 use crate::snapshot::Workload;
 use crate::state::Proxy;
 use crate::tls::{self, Peer, TlsError};
 
-/// Header block of a response, bytes.
-const MAX_HEAD: usize = 64 * 1024;
 /// An instance hit by its address has no policy: the defaults hold.
 const WORKLOAD_CONNECT: Duration = Duration::from_secs(1);
 const WORKLOAD_IDLE: Duration = Duration::from_secs(300);
@@ -266,22 +262,6 @@ async fn secure(stream: TcpStream, target: &Target, proxy: &Proxy) -> Result<(Io
 
 fn refused(error: TlsError) -> ConnectError {
     ConnectError::new(error.reason(), error)
-}
-
-/// Starts HTTP/1 on a connection; `held` is dropped when it ends. `ended` runs beside it for as long.
-pub(super) async fn http1<H: 'static>(
-    io: Io,
-    held: H,
-    ended: impl Future<Output = ()> + 'static,
-) -> Result<http1::SendRequest<RequestBody>, ConnectError> {
-    let mut builder = http1::Builder::new();
-    builder.max_header_size(MAX_HEAD).max_buf_size(2 * MAX_HEAD);
-    let (sender, connection) = builder.handshake(TokioIo::new(io)).await.map_err(protocol)?;
-    tokio::task::spawn_local(async move {
-        drive(connection.with_upgrades(), ended).await;
-        drop(held);
-    });
-    Ok(sender)
 }
 
 /// Until the connection ends. When `ended` is ready, what runs on it has only so long.

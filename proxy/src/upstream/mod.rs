@@ -1,9 +1,11 @@
 //! Endpoints as they run: what is known of each cluster beyond its configuration, and the connections to it.
 
 mod connect;
+pub mod http1;
 mod pool;
 mod received;
 mod streams;
+mod sweep;
 
 pub use connect::{ConnectError, Label, Security, Target, Wire};
 pub(crate) use connect::{LocalExecutor, Opened, open};

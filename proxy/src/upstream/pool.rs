@@ -13,24 +13,24 @@ use bytes::Bytes;
 use futures_util::FutureExt;
 use futures_util::future::{LocalBoxFuture, Shared};
 use h2::client::SendRequest;
-use hyper::client::conn::http1;
 use outrigger_core::balance::Endpoint;
 use outrigger_core::breaker::Permit;
 use tokio::sync::Notify;
 
 use super::Cluster;
 use super::connect::{self, ConnectError, Link, Target, Wire};
+use super::http1::{self, Connection, Failed, Head};
 use super::received::Received;
 use super::streams::{self, STREAMS};
+use super::sweep::{Sweep, sweep};
 use crate::http::RequestBody;
+use crate::io::Io;
 use crate::metrics::Local;
 use crate::state::Proxy;
 use crate::tls::Peer;
 
 /// Connections that one worker keeps idle per endpoint.
 const MAX_IDLE: usize = 256;
-/// How often idle connections are looked at.
-const SWEEP: Duration = Duration::from_secs(5);
 
 /// All pools of one worker. Clones are handles.
 #[derive(Debug, Clone)]
@@ -38,14 +38,14 @@ pub struct Pools {
     by_target: Rc<RefCell<ByTarget>>,
     proxy: Arc<Proxy>,
     metrics: Local,
-    sweeping: Rc<Cell<bool>>,
+    sweep: Rc<Sweep>,
 }
 
-type ByTarget = HashMap<PoolKey, Rc<Pool>, foldhash::fast::RandomState>;
+pub(super) type ByTarget = HashMap<PoolKey, Rc<Pool>, foldhash::fast::RandomState>;
 
 /// An endpoint by its place in memory (its pool keeps it there), or an address that is none.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-enum PoolKey {
+pub(super) enum PoolKey {
     Endpoint(usize, Wire),
     Address(SocketAddr, Wire),
 }
@@ -61,21 +61,23 @@ impl PoolKey {
 
 /// The connections to one endpoint.
 #[derive(Debug, Default)]
-struct Pool {
-    idle: RefCell<Vec<Idle>>,
-    shared: RefCell<Vec<Rc<SharedConnection>>>,
-    connecting: RefCell<Option<Connecting>>,
+pub(super) struct Pool {
+    pub(super) idle: RefCell<Vec<Idle>>,
+    pub(super) shared: RefCell<Vec<Rc<SharedConnection>>>,
+    /// HTTP/1 connections over mTLS, idle or not: the sweep sees to the end of their peers' trust
+    pub(super) proven: RefCell<Vec<Weak<Connection>>>,
+    pub(super) connecting: RefCell<Option<Connecting>>,
     /// Live HTTP/1 and HTTP/2 connections.
-    open: Cell<usize>,
+    pub(super) open: Cell<usize>,
     /// Something was given back, closed, or finished connecting.
     changed: Notify,
-    used: Cell<Option<Instant>>,
+    pub(super) used: Cell<Option<Instant>>,
     /// Used since it was last looked at: a request reads no clock for that.
-    touched: Cell<bool>,
+    pub(super) touched: Cell<bool>,
     /// Rises when the peer's certificate or its root is no longer good: what is older is not used again.
     generation: Cell<u64>,
     /// How long a connection is kept without a request.
-    timeout: Cell<Duration>,
+    pub(super) timeout: Cell<Duration>,
     /// Keeps the endpoint where the pool's key says it is.
     _endpoint: Option<Arc<Endpoint>>,
     cluster: Option<Arc<Cluster>>,
@@ -84,18 +86,16 @@ struct Pool {
 type Connecting = Shared<LocalBoxFuture<'static, Result<(), ConnectError>>>;
 
 #[derive(Debug)]
-struct Idle {
-    sender: http1::SendRequest<RequestBody>,
-    /// What the connection holds goes when it ends, not when somebody looks.
-    link: Weak<Link>,
-    since: Instant,
+pub(super) struct Idle {
+    pub(super) connection: Rc<Connection>,
+    pub(super) since: Instant,
 }
 
 #[derive(Debug)]
-struct SharedConnection {
-    sender: SendRequest<Bytes>,
-    streams: streams::Open,
-    since: Cell<Instant>,
+pub(super) struct SharedConnection {
+    pub(super) sender: SendRequest<Bytes>,
+    pub(super) streams: streams::Open,
+    pub(super) since: Cell<Instant>,
 }
 
 impl SharedConnection {
@@ -108,7 +108,7 @@ impl SharedConnection {
 impl Pools {
     /// No connections.
     pub fn new(proxy: Arc<Proxy>, metrics: Local) -> Self {
-        Self { by_target: Rc::default(), proxy, metrics, sweeping: Rc::default() }
+        Self { by_target: Rc::default(), proxy, metrics, sweep: Rc::default() }
     }
 
     /// A connection to the target, idle or new.
@@ -125,8 +125,9 @@ impl Pools {
     }
 
     fn pool(&self, target: &Target) -> Rc<Pool> {
-        if !self.sweeping.replace(true) {
-            self.keep_swept();
+        if self.sweep.begin() {
+            let store = self.proxy.identity.clone();
+            tokio::task::spawn_local(sweep(Rc::downgrade(&self.by_target), self.sweep.clone(), store));
         }
         let mut all = self.by_target.borrow_mut();
         let cluster = || target.limits.as_ref().map(|(cluster, _)| cluster.clone());
@@ -136,53 +137,37 @@ impl Pools {
         pool.clone()
     }
 
-    /// Looks after idle connections, in a task that ends with the worker.
-    fn keep_swept(&self) {
-        let pools = Rc::downgrade(&self.by_target);
-        tokio::task::spawn_local(async move {
-            loop {
-                tokio::time::sleep(SWEEP).await;
-                let Some(pools) = pools.upgrade() else { return };
-                sweep(&mut pools.borrow_mut(), Instant::now());
-            }
-        });
-    }
-
     /// Closes every idle connection.
     pub fn clear(&self) {
         for pool in self.by_target.borrow().values() {
-            pool.idle.borrow_mut().clear();
+            pool.close_idle();
             pool.shared.borrow_mut().retain(|shared| shared.streams.get() > 0);
         }
     }
 }
 
-/// Closes connections that were idle too long at `now`, and forgets pools that have none.
-fn sweep(pools: &mut ByTarget, now: Instant) {
-    pools.retain(|_, pool| {
-        if pool.touched.replace(false) {
-            pool.used.set(Some(now));
-        }
-        let old = |since: Instant| now.saturating_duration_since(since) >= pool.timeout.get();
-        pool.idle.borrow_mut().retain(|idle| !idle.sender.is_closed() && !old(idle.since));
-        let in_use = |shared: &Rc<SharedConnection>| shared.streams.get() > 0 || !old(shared.since.get());
-        pool.shared.borrow_mut().retain(|shared| streams::is_open(&shared.sender) && in_use(shared));
-        pool.open.get() > 0 || pool.connecting.borrow().is_some() || !pool.used.get().is_none_or(old)
-    });
-}
-
 impl Pool {
     fn take_idle(self: &Rc<Self>) -> Option<Lease> {
-        let mut idle = self.idle.borrow_mut();
-        while let Some(Idle { sender, link, .. }) = idle.pop() {
-            if sender.is_ready()
-                && !sender.is_closed()
-                && let Some(link) = link.upgrade()
-            {
-                return Some(Lease::alone(sender, link, self, true));
+        loop {
+            let Idle { connection, .. } = self.idle.borrow_mut().pop()?;
+            if connection.is_quiet() {
+                return Some(Lease::alone(connection, self, true));
             }
         }
-        None
+    }
+
+    fn close_idle(&self) {
+        for Idle { connection, .. } in self.idle.take() {
+            connection.close();
+        }
+    }
+
+    /// Nothing that the peer proved holds any longer: new requests get new connections.
+    pub(super) fn distrust(&self) {
+        self.generation.set(self.generation.get() + 1);
+        self.close_idle();
+        // Streams that run keep theirs.
+        self.shared.borrow_mut().clear();
     }
 
     fn take_shared(&self) -> Option<Rc<SharedConnection>> {
@@ -191,47 +176,53 @@ impl Pool {
         shared.iter().find(|connection| connection.has_room()).cloned()
     }
 
-    /// Resolves when nothing that this peer proved holds any longer; new requests then get new connections.
+    /// Resolves when nothing that this peer proved holds any longer.
     async fn ended(self: Rc<Self>, link: Rc<Link>, proxy: Arc<Proxy>) {
         match link.peer() {
             Some(peer) => peer.ended(&proxy.identity).await,
             None => std::future::pending().await,
         };
-        self.generation.set(self.generation.get() + 1);
-        self.idle.borrow_mut().clear();
-        // Streams that run keep theirs.
-        self.shared.borrow_mut().clear();
+        self.distrust();
     }
 
-    fn give_back(&self, sender: http1::SendRequest<RequestBody>, link: &Rc<Link>, generation: u64, now: Instant) {
-        if generation != self.generation.get() {
+    fn give_back(&self, connection: Rc<Connection>, generation: u64, now: Instant) {
+        if !connection.is_reusable() {
             return;
+        }
+        if generation != self.generation.get() {
+            return connection.close();
         }
         // Another worker waits at the limit of connections: what is not needed here is closed.
         let wanted = self.cluster.as_ref().is_some_and(|cluster| cluster.breaker.is_wanted());
         let mut idle = self.idle.borrow_mut();
         if idle.len() < MAX_IDLE && (idle.is_empty() || !wanted) {
-            idle.push(Idle { sender, link: Rc::downgrade(link), since: now });
+            idle.push(Idle { connection, since: now });
+        } else {
+            connection.close();
         }
         drop(idle);
         self.changed.notify_one();
     }
 }
 
-/// Counts a live connection for as long as its task runs.
-struct Open(Rc<Pool>);
+/// Counts a live connection.
+#[derive(Debug)]
+pub(super) struct Open(Weak<Pool>);
 
 impl Open {
     fn new(pool: &Rc<Pool>) -> Self {
         pool.open.set(pool.open.get() + 1);
-        Self(pool.clone())
+        Self(Rc::downgrade(pool))
     }
 }
 
 impl Drop for Open {
     fn drop(&mut self) {
-        self.0.open.set(self.0.open.get() - 1);
-        self.0.changed.notify_one();
+        // Idle connections may outlive their pool by a moment: they are in it.
+        if let Some(pool) = self.0.upgrade() {
+            pool.open.set(pool.open.get() - 1);
+            pool.changed.notify_one();
+        }
     }
 }
 
@@ -252,10 +243,12 @@ async fn checkout_http1(pool: Rc<Pool>, target: &Target, pools: &Pools) -> Resul
         };
         let open = Open::new(&pool);
         let opened = connect::open(target, permit, &pools.proxy, &pools.metrics).await?;
-        let link = Rc::new(opened.link);
-        let ended = pool.clone().ended(link.clone(), pools.proxy.clone());
-        let sender = connect::http1(opened.io, (link.clone(), open), ended).await?;
-        return Ok(Lease::alone(sender, link, &pool, false));
+        let connection = Rc::new(Connection::new(opened.io, opened.link, open));
+        if let Some(peer) = connection.link().peer() {
+            pool.proven.borrow_mut().push(Rc::downgrade(&connection));
+            pools.sweep.due(peer.deadline());
+        }
+        return Ok(Lease::alone(connection, &pool, false));
     }
 }
 
@@ -321,13 +314,16 @@ pub struct Lease {
 enum Kind {
     Http1(Alone),
     Http2(Stream),
+    /// The connection speaks something else now: what it holds
+    Switched(Link),
+    /// It was given away
+    Gone,
 }
 
 /// An HTTP/1 connection.
 #[derive(Debug)]
 struct Alone {
-    sender: http1::SendRequest<RequestBody>,
-    link: Rc<Link>,
+    connection: Rc<Connection>,
     pool: Rc<Pool>,
     generation: u64,
 }
@@ -335,7 +331,7 @@ struct Alone {
 /// A request that got no response.
 #[derive(Debug)]
 pub struct SendError {
-    /// The request, where hyper knows that nothing of it was sent
+    /// The request, where nothing of it was sent
     pub unsent: Option<Request<RequestBody>>,
     /// Why
     pub error: WireError,
@@ -346,7 +342,7 @@ pub struct SendError {
 pub enum WireError {
     /// HTTP/1
     #[error(transparent)]
-    Http1(#[from] hyper::Error),
+    Http1(#[from] http1::Error),
     /// HTTP/2
     #[error(transparent)]
     Http2(#[from] h2::Error),
@@ -356,8 +352,8 @@ pub enum WireError {
 }
 
 impl Lease {
-    fn alone(sender: http1::SendRequest<RequestBody>, link: Rc<Link>, pool: &Rc<Pool>, reused: bool) -> Self {
-        let alone = Alone { sender, link, pool: pool.clone(), generation: pool.generation.get() };
+    fn alone(connection: Rc<Connection>, pool: &Rc<Pool>, reused: bool) -> Self {
+        let alone = Alone { connection, pool: pool.clone(), generation: pool.generation.get() };
         Self { kind: Kind::Http1(alone), reused }
     }
 
@@ -369,40 +365,52 @@ impl Lease {
     /// Who proved to be at the other end of a connection that was upgraded.
     pub(crate) fn peer(&self) -> Option<&Peer> {
         match &self.kind {
-            Kind::Http1(alone) => alone.link.peer(),
-            // hyper upgrades HTTP/1 only; shared connections are looked after by their pool.
-            Kind::Http2(_) => None,
+            Kind::Switched(link) => link.peer(),
+            // Others are looked after by their pool.
+            Kind::Http1(_) | Kind::Http2(_) | Kind::Gone => None,
         }
     }
 
-    /// Sends one request and waits for the head of its response.
+    /// Sends one request over HTTP/1 and waits for the head of its response.
     ///
     /// # Errors
     /// When no response came.
-    pub async fn send(&mut self, request: Request<RequestBody>) -> Result<Response<Received>, SendError> {
-        match &mut self.kind {
-            Kind::Http1(alone) => match alone.sender.try_send_request(request).await {
-                Ok(response) => Ok(response.map(Received::Http1)),
-                Err(mut error) => Err(SendError { unsent: error.take_message(), error: error.into_error().into() }),
-            },
+    pub async fn send_http1(&mut self, head: &Head<'_>, body: RequestBody) -> Result<Response<Received>, Failed> {
+        let Kind::Http1(alone) = &self.kind else {
+            return Err(Failed { unsent: Some(body), error: http1::Error::Closed });
+        };
+        Ok(http1::send(&alone.connection, head, body).await?.map(Received::Http1))
+    }
+
+    /// The same over HTTP/2.
+    ///
+    /// # Errors
+    /// When no response came.
+    pub async fn send_http2(&mut self, request: Request<RequestBody>) -> Result<Response<Received>, SendError> {
+        match &self.kind {
             Kind::Http2(stream) => streams::send(&stream.connection.sender, request).await,
+            _ => Err(SendError { unsent: Some(request), error: WireError::Closed }),
         }
+    }
+
+    /// The bytes of a connection whose endpoint has switched protocols. `None`: they are not this exchange's alone.
+    pub(crate) fn switch(&mut self) -> Option<Io> {
+        let Kind::Http1(Alone { connection, .. }) = std::mem::replace(&mut self.kind, Kind::Gone) else { return None };
+        let (io, link) = Rc::into_inner(connection)?.into_io();
+        self.kind = Kind::Switched(link);
+        Some(io)
     }
 
     /// The response's body has ended at `now`: the connection may serve another request.
     pub fn give_back(self, now: Instant) {
-        let Kind::Http1(Alone { mut sender, link, pool, generation }) = self.kind else { return };
-        if sender.is_closed() {
-            return;
-        }
-        if sender.is_ready() {
-            return pool.give_back(sender, &link, generation, now);
-        }
-        // The request's body may still be on its way up.
+        let Kind::Http1(Alone { connection, pool, generation }) = self.kind else { return };
+        let Some(upload) = connection.take_upload() else {
+            return pool.give_back(connection, generation, now);
+        };
+        // The request's body is still on its way up.
         tokio::task::spawn_local(async move {
-            if sender.ready().await.is_ok() {
-                pool.give_back(sender, &link, generation, Instant::now());
-            }
+            upload.finished().await;
+            pool.give_back(connection, generation, Instant::now());
         });
     }
 }

@@ -7,8 +7,8 @@ use ::http::HeaderMap;
 use bytes::Bytes;
 use h2::{Reason, RecvStream};
 use http_body::{Body, Frame, SizeHint};
-use hyper::body::Incoming;
 
+use super::http1;
 use super::streams::Upload;
 
 /// Any failure of a body.
@@ -18,7 +18,7 @@ type Error = Box<dyn std::error::Error + Send + Sync>;
 #[derive(Debug)]
 pub enum Received {
     /// Of HTTP/1
-    Http1(Incoming),
+    Http1(http1::Body),
     /// Of HTTP/2
     Http2(Stream),
 }
@@ -95,7 +95,7 @@ impl Body for Received {
 
     fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Error>>> {
         match self.get_mut() {
-            Self::Http1(body) => Pin::new(body).poll_frame(cx).map_err(Into::into),
+            Self::Http1(body) => body.poll_frame(cx),
             Self::Http2(stream) => stream.poll_frame(cx),
         }
     }
