@@ -28,8 +28,8 @@ demo: build ## a mesh of four services, with load and a live view; Ctrl-C stops 
 test: build ## every test, end to end included; prints the ten slowest
 	@scripts/test.sh
 
-fuzz: setup ## the filters' host under arbitrary modules and calls (SECS=60; SEED= replays)
-	@FUZZ_SECS="$(or $(SECS),60)" FUZZ_SEED="$(SEED)" cargo test --workspace --locked --test fuzz_host -- --nocapture
+fuzz: setup ## the filters' host under arbitrary modules, the reader of responses under arbitrary bytes (SECS=60; SEED= replays)
+	@FUZZ_SECS="$(or $(SECS),60)" FUZZ_SEED="$(SEED)" cargo test --workspace --locked --test fuzz_host --test fuzz_http1 -- --nocapture
 
 lint: setup ## format, clippy with warnings denied, layers, status table
 	@scripts/lint.sh
