@@ -8,7 +8,8 @@ use std::task::{Context, Poll};
 use bytes::{Buf, Bytes};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
-use tokio_rustls::{client, server};
+
+use crate::tls::{Accepted, Dialled};
 
 /// A connection to a client or to an endpoint.
 #[derive(Debug)]
@@ -24,9 +25,9 @@ pub enum Transport {
     /// Plaintext
     Plain(TcpStream),
     /// Mesh mTLS of a client that called
-    Accepted(Box<server::TlsStream<TcpStream>>),
+    Accepted(Box<Accepted<TcpStream>>),
     /// Mesh mTLS of an endpoint that was dialled
-    Dialled(Box<client::TlsStream<TcpStream>>),
+    Dialled(Box<Dialled<TcpStream>>),
 }
 
 impl Io {
@@ -76,14 +77,14 @@ impl From<TcpStream> for Transport {
     }
 }
 
-impl From<server::TlsStream<TcpStream>> for Transport {
-    fn from(stream: server::TlsStream<TcpStream>) -> Self {
+impl From<Accepted<TcpStream>> for Transport {
+    fn from(stream: Accepted<TcpStream>) -> Self {
         Self::Accepted(Box::new(stream))
     }
 }
 
-impl From<client::TlsStream<TcpStream>> for Transport {
-    fn from(stream: client::TlsStream<TcpStream>) -> Self {
+impl From<Dialled<TcpStream>> for Transport {
+    fn from(stream: Dialled<TcpStream>) -> Self {
         Self::Dialled(Box::new(stream))
     }
 }

@@ -12,6 +12,7 @@ use std::task::Waker;
 use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, request, response};
 
+use super::kept::Kept;
 use super::local::is_grpc;
 use super::stream::{At, Waiter};
 use super::{Event, Failed, Filter, Flow, Peer, Plugin, Stream, StreamInfo};
@@ -152,7 +153,7 @@ impl Chain {
         let end = self.0.take_head(Flow::Request)?;
         let head = data.request.head.take()?;
         if data.slots.iter().any(|slot| slot.interest.keeps_request) {
-            data.request.kept = Some(Box::new(copy_request(&head)));
+            data.request.kept = Some(Kept::copy(&head));
         }
         Some((head, end))
     }
@@ -182,7 +183,7 @@ impl Chain {
         let head = data.response.head.take()?;
         data.head_sent = true;
         if data.slots.iter().any(|slot| slot.interest.keeps_response) {
-            data.response.kept = Some(Box::new(copy_response(&head)));
+            data.response.kept = Some(Kept::copy(&head));
         }
         Some((head, end))
     }
@@ -238,6 +239,19 @@ impl Chain {
         direction.out_end.is_some().then_some(direction.held_out)
     }
 
+    /// All that is to come out behind the head, where it is one piece and nothing follows it.
+    pub fn take_whole(&self, flow: Flow) -> Option<Bytes> {
+        let mut state = self.0.state.borrow_mut();
+        let direction = state.of(flow);
+        let plain = direction.out_end == Some(End::Plain) && !direction.cut && direction.out.len() <= 1;
+        if !plain || self.0.stream.data().trailers_mut(flow).is_some() {
+            return None;
+        }
+        direction.out_end = Some(End::Taken);
+        direction.held_out = 0;
+        Some(direction.out.pop_front().unwrap_or_default())
+    }
+
     /// Nothing more of a direction comes out: a filter saw to that.
     pub fn is_cut(&self, flow: Flow) -> bool {
         self.0.state.borrow_mut().of(flow).cut
@@ -260,9 +274,14 @@ impl Chain {
 
     /// Room for more: while filters hold as much as they may, nothing should be read.
     pub fn wants(&self, flow: Flow) -> bool {
+        self.wants_beside(flow, 0)
+    }
+
+    /// The same where up to `most` bytes may wait to be taken out.
+    pub fn wants_beside(&self, flow: Flow, most: usize) -> bool {
         let mut state = self.0.state.borrow_mut();
         let direction = state.of(flow);
-        if direction.cut || !direction.out.is_empty() || direction.out_end.is_some() {
+        if direction.cut || direction.held_out > most || direction.out_end.is_some() {
             return false;
         }
         let data = self.0.stream.data();
@@ -350,21 +369,4 @@ impl Drop for Inner {
     fn drop(&mut self) {
         self.finish();
     }
-}
-
-fn copy_request(head: &request::Parts) -> request::Parts {
-    let (mut copy, ()) = http::Request::new(()).into_parts();
-    copy.method = head.method.clone();
-    copy.uri = head.uri.clone();
-    copy.version = head.version;
-    copy.headers = head.headers.clone();
-    copy
-}
-
-fn copy_response(head: &response::Parts) -> response::Parts {
-    let (mut copy, ()) = http::Response::new(()).into_parts();
-    copy.status = head.status;
-    copy.version = head.version;
-    copy.headers = head.headers.clone();
-    copy
 }

@@ -7,6 +7,7 @@ mod buffer;
 pub mod cases;
 mod chain;
 mod info;
+mod kept;
 mod local;
 mod plugin;
 mod report;

@@ -4,14 +4,14 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use outrigger_proto::mesh;
 
 use super::report::{Health, StatusRow};
-use super::wasm::{Counters, Entered, Failure, Instance, Ready, Restart, Runtime, WasmFilter};
+use super::wasm::{Cache, Counters, Entered, Failure, Instance, Ready, Restart, Runtime, WasmFilter};
 use super::{Filter, Interest};
 
 /// Milliseconds where a specification has 0.
@@ -219,7 +219,11 @@ impl Slow {
 #[derive(Debug)]
 pub struct Plugins {
     compiler: Compiler,
-    runtime: Arc<Runtime>,
+    cache: PathBuf,
+    hollow: Vec<String>,
+    /// Made with the first filter: a proxy without any has neither the engine nor its thread
+    runtime: OnceLock<Arc<Runtime>>,
+    starting: Mutex<()>,
     known: Mutex<HashMap<(String, String), Known>>,
     next: AtomicU64,
 }
@@ -232,10 +236,10 @@ struct Known {
 }
 
 impl Plugins {
-    /// Makes the engine and the cache directory.
+    /// Makes the cache directory. The engine is made with the first filter.
     ///
     /// # Errors
-    /// When the engine cannot be made on this machine, or the directory is not there and cannot be made.
+    /// When the directory is not there and cannot be made, or is not private.
     pub fn new(settings: Settings) -> Result<Self, FilterError> {
         Self::hollow(settings, &[])
     }
@@ -243,13 +247,28 @@ impl Plugins {
     /// The same, with host functions (`proxy_…`) that return Ok and do nothing: for runs that show what depends on them.
     pub(super) fn hollow(settings: Settings, hollow: &[&str]) -> Result<Self, FilterError> {
         let Settings { compiler, cache } = settings;
-        let runtime = Arc::new(Runtime::new(&cache, hollow)?);
-        Ok(Self { compiler, runtime, known: Mutex::default(), next: AtomicU64::new(1) })
+        Cache::prepare(&cache)?;
+        let hollow = hollow.iter().map(|name| (*name).to_owned()).collect();
+        let (runtime, starting, known) = (OnceLock::new(), Mutex::default(), Mutex::default());
+        Ok(Self { compiler, cache, hollow, runtime, starting, known, next: AtomicU64::new(1) })
+    }
+
+    fn runtime(&self) -> Result<&Arc<Runtime>, FilterError> {
+        if let Some(runtime) = self.runtime.get() {
+            return Ok(runtime);
+        }
+        let _one = lock(&self.starting);
+        if let Some(runtime) = self.runtime.get() {
+            return Ok(runtime);
+        }
+        let hollow: Vec<&str> = self.hollow.iter().map(String::as_str).collect();
+        let runtime = Arc::new(Runtime::new(&self.cache, &hollow)?);
+        Ok(self.runtime.get_or_init(|| runtime))
     }
 
     /// True: [`Plugins::prepare`] needs no bytes for this digest.
     pub fn has_module(&self, sha256: &str) -> bool {
-        self.runtime.cache.has(sha256)
+        self.runtime().is_ok_and(|runtime| runtime.cache.has(sha256))
     }
 
     /// Compiles (in the cache, or from `module`), links and tries a filter: its start-up, `on_vm_start` and `on_configure` ran
@@ -283,8 +302,8 @@ impl Plugins {
     }
 
     async fn prepare_new(&self, spec: &mesh::Filter, module: Option<Bytes>) -> Result<Arc<Plugin>, FilterError> {
-        self.runtime.fill(&self.compiler, &spec.sha256, module).await?;
-        let (runtime, source) = (Arc::clone(&self.runtime), spec.clone());
+        let (runtime, source) = (Arc::clone(self.runtime()?), spec.clone());
+        runtime.fill(&self.compiler, &spec.sha256, module).await?;
         let ready = tokio::task::spawn_blocking(move || runtime.ready(&source))
             .await
             .map_err(|error| FilterError::Io("trying a filter".into(), std::io::Error::other(error)))??;
@@ -303,7 +322,9 @@ impl Plugins {
 
     /// Appends the metrics that filters define, in Prometheus' text format.
     pub fn custom_metrics(&self, text: &mut String) {
-        self.runtime.metrics.prometheus(text);
+        if let Some(runtime) = self.runtime.get() {
+            runtime.metrics.prometheus(text);
+        }
     }
 
     /// Rows of `/filters`, by namespace and name. A version that only drains is not listed; what was refused is, even after its

@@ -10,6 +10,7 @@ use std::task::Waker;
 
 use http::{HeaderMap, request, response};
 
+use super::kept::{Head, Kept};
 use super::{Buffer, Filter, FilterState, Interest, LocalResponse, StreamInfo};
 
 /// A direction. For TCP, `Request` is what the client sends and `Response` what the server sends.
@@ -153,21 +154,20 @@ impl Slot {
 }
 
 /// A message of one direction. The head is here from the time it enters the chain until it leaves.
-#[derive(Debug)]
-pub(crate) struct Message<H> {
+pub(crate) struct Message<H: Head> {
     pub(crate) head: Option<H>,
     /// A copy, as it left the chain, where a filter may still read it
-    pub(crate) kept: Option<Box<H>>,
+    pub(crate) kept: Option<Kept<H>>,
     pub(crate) trailers: Option<HeaderMap>,
 }
 
-impl<H> Message<H> {
+impl<H: Head> Message<H> {
     fn view(&self) -> Option<&H> {
-        self.head.as_ref().or(self.kept.as_deref())
+        self.head.as_ref().or_else(|| self.kept.as_ref()?.head())
     }
 }
 
-impl<H> Default for Message<H> {
+impl<H: Head> Default for Message<H> {
     fn default() -> Self {
         Self { head: None, kept: None, trailers: None }
     }

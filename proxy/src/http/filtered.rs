@@ -20,6 +20,9 @@ use super::response::Hops;
 use crate::filter::{self, Chain, Flow, Stop};
 use crate::upstream::Received;
 
+/// Bytes of a body that are taken ahead where they are there when the head leaves.
+const AHEAD: usize = 64 * 1024;
+
 type Polled = Poll<Option<Result<Frame<Bytes>, BodyError>>>;
 
 /// A message's body on its way into a chain.
@@ -51,7 +54,18 @@ where
 
     /// Moves a frame, if the chain has room.
     fn poll(&mut self, chain: &Chain, cx: &mut Context<'_>) -> Poll<Result<Inflow, BodyError>> {
-        let Some(source) = self.source.as_mut().filter(|_| chain.wants(self.flow)) else { return Poll::Pending };
+        self.poll_beside(chain, 0, cx)
+    }
+
+    /// The same while no more than `most` bytes wait to be taken out of the chain.
+    fn poll_beside(&mut self, chain: &Chain, most: usize, cx: &mut Context<'_>) -> Poll<Result<Inflow, BodyError>> {
+        let wanted = |_: &&mut B| chain.wants_beside(self.flow, most);
+        let Some(source) = self.source.as_mut().filter(wanted) else { return Poll::Pending };
+        if source.is_end_stream() {
+            self.source = None;
+            chain.data(self.flow, Bytes::new(), true);
+            return Poll::Ready(Ok(Inflow::Ended(None)));
+        }
         match std::task::ready!(Pin::new(&mut *source).poll_frame(cx)) {
             Some(Ok(frame)) => {
                 let frame = match frame.into_data() {
@@ -83,6 +97,15 @@ where
     }
 }
 
+/// Does something that needs a task, without waiting.
+async fn at_once(mut f: impl FnMut(&mut Context<'_>)) {
+    std::future::poll_fn(|cx| {
+        f(cx);
+        Poll::Ready(())
+    })
+    .await;
+}
+
 /// What comes out of a chain as a body; `None`: nothing yet.
 fn outflow(chain: &Chain, flow: Flow) -> Option<Option<Result<Frame<Bytes>, BodyError>>> {
     match chain.next(flow) {
@@ -104,6 +127,8 @@ fn size(chain: &Chain, flow: Flow) -> SizeHint {
 pub struct FilteredRequest {
     chain: Chain,
     inlet: Inlet<Incoming>,
+    /// How the client's body broke off, to be told after what came before
+    failed: Option<BodyError>,
 }
 
 impl FilteredRequest {
@@ -112,6 +137,9 @@ impl FilteredRequest {
             self.chain.settle();
             if let Some(frame) = outflow(&self.chain, Flow::Request) {
                 return Poll::Ready(frame);
+            }
+            if let Some(error) = self.failed.take() {
+                return Poll::Ready(Some(Err(error)));
             }
             self.chain.register(Flow::Request, cx.waker());
             if let Err(error) = std::task::ready!(self.inlet.poll(&self.chain, cx)) {
@@ -126,6 +154,20 @@ impl FilteredRequest {
 
     pub(super) fn size_hint(&self) -> SizeHint {
         size(&self.chain, Flow::Request)
+    }
+
+    /// Takes what of the body is there already: a short one is sent with its length then. A failure shows at the next poll.
+    fn fetch(&mut self, cx: &mut Context<'_>) {
+        loop {
+            match self.inlet.poll_beside(&self.chain, AHEAD, cx) {
+                Poll::Ready(Ok(Inflow::Moved)) => {}
+                Poll::Ready(Ok(Inflow::Ended(_))) | Poll::Pending => return,
+                Poll::Ready(Err(error)) => {
+                    self.failed = Some(error);
+                    return;
+                }
+            }
+        }
     }
 
     /// The head, when all filters have let it go; meanwhile as much of the body is read as they may hold.
@@ -186,8 +228,11 @@ impl Exchange {
         {
             incomer.head = head;
             if !end && chain.in_body(Flow::Request) {
-                incomer.through(chain.clone(), version);
-                incomer.head.headers.remove(CONTENT_LENGTH);
+                let (chain, fetch) = (chain.clone(), !self.expects);
+                if let Some(body) = incomer.through(chain.clone(), version).filter(|_| fetch) {
+                    at_once(|cx| body.fetch(cx)).await;
+                }
+                frame_request(&mut incomer.head, &chain);
             }
             return Ok(None);
         }
@@ -212,10 +257,7 @@ impl Exchange {
             Err(_) => return Err(Reason::RequestTimeout.into()),
         }
         if !end {
-            incomer.head.headers.remove(CONTENT_LENGTH);
-            if let Some(length) = chain.length(Flow::Request) {
-                incomer.head.headers.insert(CONTENT_LENGTH, HeaderValue::from(length));
-            }
+            frame_request(&mut incomer.head, &chain);
         }
         Ok(None)
     }
@@ -312,32 +354,46 @@ impl Exchange {
         }
         self.status = Some(head.status);
         let bodiless = self.method == Method::HEAD || head.status == StatusCode::NOT_MODIFIED;
-        if !end && !bodiless {
-            frame(&mut head, &chain, outlet.inlet.is_none());
-        }
-        let mut response = Response::from_parts(head, ());
-        hops.restore(&mut response);
+        let response = |head, hops: &Hops| {
+            let mut response = Response::from_parts(head, ());
+            hops.restore(&mut response);
+            response
+        };
         if upgraded && let Some(attempt) = attempt.take() {
-            return Ok(self.upgrade(response, attempt, running));
+            return Ok(self.upgrade(response(head, hops), attempt, running));
         }
         if end || bodiless {
             if let Some(attempt) = attempt {
                 attempt.succeeded(None, Instant::now());
             }
-            return Ok(response.map(|()| ResponseBody::full(Bytes::new()).holding(running)));
+            return Ok(response(head, hops).map(|()| ResponseBody::full(Bytes::new()).holding(running)));
         }
         // The last filter may have let go more than the head: the rest is what the body is for.
         if !chain.in_body(Flow::Response)
             && let Some(Inlet { source: Some(body), .. }) =
                 outlet.inlet.take_if(|inlet| inlet.source.is_some() && chain.is_clear(Flow::Response))
         {
-            let tail = ExchangeTail::new(self, attempt);
-            return Ok(response.map(|()| ResponseBody::upstream(body, Box::new(tail), deadline).holding(running)));
+            let tail = Box::new(ExchangeTail::new(self, attempt));
+            return Ok(response(head, hops).map(|()| ResponseBody::upstream(body, tail, deadline).holding(running)));
         }
-        outlet.deadline = deadline.map(|deadline| Box::pin(tokio::time::sleep_until(deadline.into())));
         let tail: Box<dyn Tail> = Box::new(ExchangeTail::new(self, attempt));
-        let body = FilteredResponse { outlet, tail: Some(tail) };
+        let mut body = FilteredResponse { outlet, tail: Some(tail), failed: None };
+        at_once(|cx| body.fetch(cx)).await;
+        frame(&mut head, &chain, body.outlet.inlet.is_none());
+        let response = response(head, hops);
+        if let Some(bytes) = body.whole() {
+            return Ok(response.map(|()| ResponseBody::full(bytes).holding(running)));
+        }
+        body.outlet.deadline = deadline.map(|deadline| Box::pin(tokio::time::sleep_until(deadline.into())));
         Ok(response.map(|()| ResponseBody::filtered(body).holding(running)))
+    }
+}
+
+/// Framing of a request whose body filters may have changed.
+fn frame_request(head: &mut request::Parts, chain: &Chain) {
+    head.headers.remove(CONTENT_LENGTH);
+    if let Some(length) = chain.length(Flow::Request) {
+        head.headers.insert(CONTENT_LENGTH, HeaderValue::from(length));
     }
 }
 
@@ -364,7 +420,7 @@ impl Incomer {
             && let ClientBody::Plain(source) = std::mem::replace(&mut self.body, ClientBody::Taken)
         {
             let inlet = Inlet::new(Flow::Request, source, version);
-            self.body = ClientBody::Filtered(Box::new(FilteredRequest { chain, inlet }));
+            self.body = ClientBody::Filtered(Box::new(FilteredRequest { chain, inlet, failed: None }));
         }
         match &mut self.body {
             ClientBody::Filtered(body) => Some(body),
@@ -429,9 +485,41 @@ pub(super) struct FilteredResponse {
     outlet: Outlet,
     /// Dropped without an end: the client went away
     tail: Option<Box<dyn Tail>>,
+    /// How the endpoint's body broke off, to be told after what came before
+    failed: Option<BodyError>,
 }
 
 impl FilteredResponse {
+    /// Takes what of the body is there already, so that a short one is sent with its length.
+    fn fetch(&mut self, cx: &mut Context<'_>) {
+        let chain = &self.outlet.chain;
+        while let Some(inlet) = &mut self.outlet.inlet {
+            match inlet.poll_beside(chain, AHEAD, cx) {
+                Poll::Ready(Ok(Inflow::Moved)) => {}
+                Poll::Ready(Ok(Inflow::Ended(trailers))) => {
+                    if let Some(tail) = &mut self.tail {
+                        tail.end(trailers.as_ref());
+                    }
+                    return;
+                }
+                Poll::Ready(Err(error)) => {
+                    self.failed = Some(error);
+                    return;
+                }
+                Poll::Pending => return,
+            }
+        }
+    }
+
+    /// All of the body, where it has come out in one piece and nothing follows.
+    fn whole(&mut self) -> Option<Bytes> {
+        let bytes = self.outlet.chain.take_whole(Flow::Response)?;
+        if let Some(mut tail) = self.tail.take() {
+            tail.data(bytes.len());
+        }
+        Some(bytes)
+    }
+
     pub(super) fn poll_frame(&mut self, cx: &mut Context<'_>) -> Polled {
         let chain = self.outlet.chain.clone();
         loop {
@@ -439,6 +527,12 @@ impl FilteredResponse {
             if let Some(frame) = outflow(&chain, Flow::Response) {
                 self.watch(frame.as_ref());
                 return Poll::Ready(frame);
+            }
+            if let Some(error) = self.failed.take() {
+                if let Some(mut tail) = self.tail.take() {
+                    tail.broken();
+                }
+                return Poll::Ready(Some(Err(error)));
             }
             chain.register(Flow::Response, cx.waker());
             let inflow = self.outlet.inlet.as_mut().map_or(Poll::Pending, |inlet| inlet.poll(&chain, cx));

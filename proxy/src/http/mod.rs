@@ -15,6 +15,7 @@ mod request;
 mod respond;
 mod response;
 mod serve;
+mod streams;
 #[cfg(test)]
 mod tests;
 mod upgrade;

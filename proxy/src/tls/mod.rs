@@ -5,6 +5,7 @@ mod error;
 mod known;
 mod provider;
 mod session;
+mod stream;
 #[cfg(test)]
 pub(crate) mod testing;
 #[cfg(test)]
@@ -21,11 +22,11 @@ use rustls::{CommonState, HandshakeKind};
 use rustls_pki_types::{ServerName, UnixTime};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::time::Instant;
-use tokio_rustls::{TlsAcceptor, TlsConnector, client, server};
 
 pub use error::TlsError;
 pub use provider::provider;
 pub(crate) use session::{Sessions, ticketer};
+pub use stream::{Accepted, Dialled, Session, Stream};
 pub(crate) use verifier::{ClientVerifier, ServerVerifier};
 
 use crate::identity::{Identity, IdentityStore};
@@ -131,17 +132,17 @@ pub struct Target<'a> {
     pub alpn: &'a [&'a [u8]],
 }
 
-/// Accepts mesh TLS on `io`: the peer has shown a certificate of the current bundle. The SNI and the protocol are in
-/// `get_ref().1.server_name()` and `.alpn_protocol()`.
+/// Accepts mesh TLS on `io`: the peer has shown a certificate of the current bundle. The protocol is in
+/// `get_ref().1.alpn_protocol()`.
 ///
 /// # Errors
 /// See [`TlsError`]; `limit` bounds the handshake.
-pub async fn accept<IO>(io: IO, identity: &Identity, limit: Duration) -> Result<(server::TlsStream<IO>, Peer), TlsError>
+pub async fn accept<IO>(io: IO, identity: &Identity, limit: Duration) -> Result<(Accepted<IO>, Peer), TlsError>
 where
     IO: AsyncRead + AsyncWrite + Unpin,
 {
-    let acceptor = TlsAcceptor::from(Arc::clone(identity.server_config()));
-    let stream = tokio::time::timeout(limit, acceptor.accept(io)).await.map_err(|_| TlsError::Timeout)??;
+    let mut stream = Accepted::accepted(Arc::clone(identity.server_config()), io)?;
+    tokio::time::timeout(limit, stream.handshake()).await.map_err(|_| TlsError::Timeout)??;
     let peer = judge(stream.get_ref().1, identity, Usage::Client)?;
     Ok((stream, peer))
 }
@@ -155,7 +156,7 @@ pub async fn connect<IO>(
     identity: &Identity,
     target: &Target<'_>,
     limit: Duration,
-) -> Result<(client::TlsStream<IO>, Peer), TlsError>
+) -> Result<(Dialled<IO>, Peer), TlsError>
 where
     IO: AsyncRead + AsyncWrite + Unpin,
 {
@@ -165,8 +166,8 @@ where
     config.alpn_protocols = target.alpn.iter().map(|protocol| protocol.to_vec()).collect();
     let sessions = identity.sessions().of(target.address);
     config.resumption = rustls::client::Resumption::store(Arc::clone(&sessions) as _);
-    let connector = TlsConnector::from(Arc::new(config));
-    let stream = tokio::time::timeout(limit, connector.connect(name, io)).await.map_err(|_| TlsError::Timeout)??;
+    let mut stream = Dialled::dialled(Arc::new(config), name, io)?;
+    tokio::time::timeout(limit, stream.handshake()).await.map_err(|_| TlsError::Timeout)??;
     let peer = judge(stream.get_ref().1, identity, Usage::Server)?;
     if peer.identity != *target.expected {
         return Err(TlsError::PeerIdentity { expected: target.expected.clone(), got: peer.identity });

@@ -5,6 +5,7 @@ use std::rc::Rc;
 use bytes::Bytes;
 use http::response;
 
+use super::super::kept::Kept;
 use super::super::stream::{At, Data, Slot, Waiter};
 use super::super::{Action, Buffer, Event, Failed, Flow, LocalResponse, View};
 use super::{Direction, End, Inner, Stop};
@@ -373,8 +374,8 @@ impl Inner {
             let mut data = self.stream.data();
             data.logging = true;
             let Data { request, response, tcp, .. } = &mut *data;
-            request.kept = request.kept.take().or_else(|| request.head.take().map(Box::new));
-            response.kept = response.kept.take().or_else(|| response.head.take().map(Box::new));
+            request.kept = request.kept.take().or_else(|| request.head.take().map(Kept::whole));
+            response.kept = response.kept.take().or_else(|| response.head.take().map(Kept::whole));
             *tcp
         };
         let take = |index: usize| self.stream.data().slots.get_mut(index).and_then(|slot| slot.filter.take());

@@ -31,7 +31,7 @@ pub(crate) struct Cache {
 
 impl Cache {
     /// Makes the directory, mode 0700.
-    pub(crate) fn open(directory: &Path, engine: &Engine) -> Result<Self, FilterError> {
+    pub(crate) fn prepare(directory: &Path) -> Result<(), FilterError> {
         let trouble = |error| FilterError::Io(format!("cache of compiled filters {}", directory.display()), error);
         std::fs::DirBuilder::new().recursive(true).mode(0o700).create(directory).map_err(trouble)?;
         let meta = std::fs::metadata(directory).map_err(trouble)?;
@@ -41,7 +41,12 @@ impl Cache {
         if meta.permissions().mode() & 0o077 != 0 {
             std::fs::set_permissions(directory, std::fs::Permissions::from_mode(0o700)).map_err(trouble)?;
         }
-        Ok(Self { directory: directory.to_owned(), compatibility: engine::compatibility(engine) })
+        Ok(())
+    }
+
+    /// A directory that was prepared, for the code of an engine.
+    pub(crate) fn of(directory: &Path, engine: &Engine) -> Self {
+        Self { directory: directory.to_owned(), compatibility: engine::compatibility(engine) }
     }
 
     fn file(&self, sha256: &str) -> PathBuf {

@@ -88,7 +88,7 @@ impl Runtime {
         let ticker = ticker::Ticker::start(&engine)
             .map_err(|error| FilterError::Io("the thread that limits filters' time".into(), error))?;
         let linkers = load::Linkers::new(&engine, hollow).map_err(refused)?;
-        let cache = Cache::open(cache, &engine)?;
+        let cache = Cache::of(cache, &engine);
         Ok(Self { cache, ticker, linkers, engine, vms: Arc::default(), metrics: counting::GuestMetrics::default() })
     }
 
