@@ -5,8 +5,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 from . import Invalid, Skip
 from .check import Counters
-from .footprint import memory, mesh_memory, start
+from .footprint import memory, mesh_memory, settled, start
 from .instructions import wasm_instructions
+from .process import cpu, mem_mib
 from .session import Session
 
 
@@ -204,6 +205,44 @@ def share(s, load, conns):
     return max(took) / (sum(took) / len(took)), most
 
 
+def overload(run, name):
+    """Saturation first, then twice that rate, on many connections: what still gets done, what is refused, and whether who looks
+    after the proxy is answered meanwhile. Requests for which no connection was free were not offered: such a round is invalid where
+    they are many."""
+    with Session(run, name, "h1-mtls-pair") as s:
+        role = next(role for role, (_, direction) in s.peer.admin.items() if direction == "outbound")
+        s.tool("closed", WARM, run.a.conns)
+        peak = s.measured(lambda: s.tool("closed", run.a.secs, run.a.conns))
+        idle, waits, most = settled(s.procs)[2], [], 0.0
+        c0, refused0 = cpu(s.procs)[0], refusals(s, role)
+        load = lambda: s.tool("openloop", run.a.secs * 2, OVERLOAD_CONNS, rate=2 * peak["rps"], warmup=1.0, shed=1)
+        with ThreadPoolExecutor(1) as pool:
+            running = pool.submit(load)
+            while not running.done():
+                began = time.time()
+                s.peer.ask(role, "/stats")
+                waits.append(time.time() - began)
+                most = max(most, mem_mib(s.procs)[2])
+                time.sleep(0.1)
+            got = running.result()
+        used, refused = cpu(s.procs)[0] - c0, refusals(s, role) - refused0
+        offered = got["counted"] + got["refused"] + got["unsent"]
+        if got["unsent"] > offered / 4:
+            raise Invalid("the load generator could not offer twice the saturation: %s" % got)
+    # All answers, those of the warm-up included, took `used`; one that was served takes what it took before.
+    served = got["total"] - refused
+    return {"goodput_lost": 1 - got["counted"] / (run.a.secs * 2) / peak["rps"], "goodput": got["counted"] / (run.a.secs * 2) / peak["rps"],
+            "peak_per_s": peak["rps"], "offered_of_peak": offered / (run.a.secs * 2) / peak["rps"], "refused_share": got["refused"] / offered,
+            "served_us": peak["cpu_us_req"], "refusal_us": max(0.0, used * 1e6 - served * peak["cpu_us_req"]) / max(1, refused),
+            "p50_ms": got["p50_us"] / 1e3, "p99_ms": got["p99_us"] / 1e3, "grown_mib": most - idle,
+            "admin_ms": statistics.median(waits) * 1e3, "admin_most_ms": max(waits) * 1e3}
+
+
+def refusals(s, role):
+    return sum(worker["refused"] for worker in s.peer.ask(role, "/stats")["workers"])
+
+
+OVERLOAD_CONNS = 1000
 PAIR = ["cpu_us_req", "cpu_us_req_outbound", "cpu_us_req_inbound", "rps", "sys_share", "proxy_core_util", "others_on_core"]
 SINGLE = ["cpu_us_req", "rps", "sys_share", "proxy_core_util", "others_on_core", "rss_mib"]
 TCP = ["cpu_s_gb_1", "cpu_s_gb_8", "pingpong_us", "gbit_per_s_1", "gbit_per_s_8", "pingpong_per_s"]
@@ -229,5 +268,6 @@ SCENARIOS = {
     "memory": Scenario("idle; per idle connection after one request; per service", memory, "h1-mtls-pair", ["rss_idle", "anon_idle", "kib_per_conn", "kib_per_mtls_conn", "rss_3000conn", "rss_services", "kib_per_service"], rounds=3),
     "mesh-memory": Scenario("1,000 services known to the control plane: none, 10, all used", mesh_memory, "h1-single", ["kib_per_used", "used_10_mib", "rss_idle", "rss_10", "rss_all", "anon_kib_per_used"], only=OURS, needs=("control",), rounds=3),
     "start": Scenario("from exec to ready with a certificate; size of the binary", start, "h1-single", ["ready_ms", "ready_ms_max", "binary_mb"], only=OURS, needs=("control",)),
+    "overload": Scenario("twice the rate of saturation, through both sidecars", overload, "h1-mtls-pair", ["goodput_lost", "goodput", "offered_of_peak", "refused_share", "served_us", "refusal_us", "p50_ms", "p99_ms", "grown_mib", "admin_ms", "admin_most_ms"], only=OURS),
     "workers": Scenario("two workers against one, and how they share", workers, "h1-single", ["two_vs_one", "one_us", "two_us", "h1_most_of_4", "h2_most_of_4"] + ["%s_share_%d" % (v, n) for v in ("h1", "h2") for n in (4, 8, 64)], only=OURS),
 }

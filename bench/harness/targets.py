@@ -34,6 +34,7 @@ TARGETS = [
     Target("JSON access log of every request, over Errors only", "access-log", "all_vs_errors", 1.10, "×"),
     Target("from exec to ready, certificate included", "start", "ready_ms", 100, "ms"),
     Target("release binary of the proxy, stripped", "start", "binary_mb", 30, "MB"),
+    Target("at twice saturation: goodput lost of the peak", "overload", "goodput_lost", 0.10, "of the peak"),
     Target("CPU per request, 2 workers over 1", "workers", "two_vs_one", 1.05, "×"),
     Target("of 4 HTTP/1 connections, most on one of 2 workers", "workers", "h1_most_of_4", 2, "connections"),
     Target("of 4 HTTP/2 connections, most on one of 2 workers", "workers", "h2_most_of_4", 2, "connections"),

@@ -201,6 +201,7 @@ impl Admin {
                     "serverFirst": load.server_first.load(Ordering::Relaxed),
                     "accepted": load.accepted.load(Ordering::Relaxed),
                     "handedOver": load.handed_over.load(Ordering::Relaxed),
+                    "splicedBytes": load.spliced.get(),
                     "refused": load.refused.get(),
                     "refusedShare": f64::from(load.shed_share.load(Ordering::Relaxed)) / f64::from(shed::WHOLE),
                 })

@@ -59,7 +59,12 @@ impl Io {
 
     /// The socket itself where nothing stands between it and the bytes: plaintext, and nothing read ahead.
     pub fn is_plain(&self) -> bool {
-        self.prefix.is_empty() && matches!(self.transport, Transport::Plain(_))
+        self.prefix.is_empty() && self.is_plaintext()
+    }
+
+    /// Whether what is written to the socket is what the other side reads.
+    pub fn is_plaintext(&self) -> bool {
+        matches!(self.transport, Transport::Plain(_))
     }
 
     /// The address of the other side.

@@ -3,6 +3,7 @@
 pub mod admin;
 mod allocator;
 mod coalesce;
+pub mod copy;
 pub mod discovery;
 pub mod drain;
 pub mod filter;
@@ -17,6 +18,7 @@ pub mod register;
 pub mod run;
 pub mod shed;
 pub mod snapshot;
+mod splice;
 pub mod state;
 pub mod tcp;
 #[cfg(test)]

@@ -49,8 +49,10 @@ pub struct Bound {
     pub outbound: std::sync::OnceLock<SocketAddr>,
 }
 
-/// How much one worker does. Written by that worker; read by the others at accept.
+/// How much one worker does. Written by that worker; read by the others at accept. Alone in its cache lines (two, which processors
+/// fetch together), so that counting never waits for what another worker counts.
 #[derive(Debug, Default)]
+#[repr(align(128))]
 pub struct WorkerLoad {
     /// Open inbound connections
     pub inbound: AtomicUsize,
@@ -78,6 +80,8 @@ pub struct WorkerLoad {
     pub outbound_traced: Tally,
     /// Attempts whose end was told to outlier detection, opaque streams included
     pub judged: Tally,
+    /// Bytes of ended opaque streams that went through a pipe (splice(2))
+    pub spliced: Tally,
     /// Requests refused because the worker had no time or room for them
     pub refused: Tally,
     /// The share of new requests that is refused now, see [`outrigger_core::shed::WHOLE`]
@@ -91,7 +95,12 @@ pub struct Tally(AtomicU64);
 impl Tally {
     /// One more. Only the thread that owns the count may say so.
     pub fn count(&self) {
-        self.0.store(self.0.load(Ordering::Relaxed).wrapping_add(1), Ordering::Relaxed);
+        self.add(1);
+    }
+
+    /// So many more. Only the thread that owns the count may say so.
+    pub fn add(&self, more: u64) {
+        self.0.store(self.0.load(Ordering::Relaxed).wrapping_add(more), Ordering::Relaxed);
     }
 
     /// How many so far.

@@ -1,13 +1,9 @@
-//! Opaque streams: where they go, whether they may, and bytes copied both ways through one buffer per worker.
+//! Opaque streams: where they go, and whether they may. Their bytes are [`crate::copy`]'s.
 
-use std::cell::RefCell;
-use std::io;
 use std::net::SocketAddr;
-use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use outrigger_core::authz;
@@ -18,9 +14,8 @@ use outrigger_core::key::Key;
 use outrigger_core::link::{AccessLog, Backend, MtlsMode, OutboundTraffic};
 use outrigger_core::outlier::Outcome;
 use outrigger_core::reason::Reason;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::time::{Instant, Sleep};
 
+use crate::copy::{Passed, Relay};
 use crate::io::Io;
 use crate::listen::{Inbound, Outbound};
 use crate::log::Entry;
@@ -79,7 +74,7 @@ struct Stream<'a> {
     attempts: u32,
     reason: Option<Reason>,
     detail: String,
-    copied: Copied,
+    passed: Passed,
     access_log: AccessLog,
     _busy: Busy,
 }
@@ -196,7 +191,7 @@ impl<'a> Stream<'a> {
             attempts: 0,
             reason: None,
             detail: String::new(),
-            copied: Copied::default(),
+            passed: Passed::default(),
             access_log: AccessLog::Errors,
             _busy: Busy::stream(&worker.load, way == "inbound"),
         }
@@ -216,7 +211,7 @@ impl<'a> Stream<'a> {
         })
     }
 
-    /// Copies until the end; `heard` is told once who spoke first.
+    /// Relays until the end; `heard` is told once who spoke first.
     async fn carry(&mut self, client: Io, placed: Result<Placed, Reason>, heard: impl FnMut(Speaker) + Unpin) {
         let (server, guard) = match placed {
             Ok(placed) => placed,
@@ -228,17 +223,16 @@ impl<'a> Stream<'a> {
         let Opened { io: server, link } = server;
         let _open = self.worker.metrics.hold(Metric::TcpOpen, &[self.way]);
         let store = &self.worker.proxy.identity;
+        let mut relay = Relay::new(client, server, IDLE, heard);
         tokio::select! {
-            copied = copy_heard(client, server, IDLE, heard) => {
-                if let Some(error) = &copied.error {
-                    self.detail = error.to_string();
-                }
-                self.copied = copied;
-            }
+            ended = &mut relay => if let Err(error) = ended {
+                self.detail = error.to_string();
+            },
             () = self.worker.drain.cut() => self.reason = Some(Reason::Draining),
             _why = tls::cut(self.peer.as_deref(), store) => self.reason = Some(Reason::PeerIdentity),
             _why = tls::cut(link.peer(), store) => self.reason = Some(Reason::PeerIdentity),
         }
+        self.passed = relay.passed();
         drop(guard);
     }
 }
@@ -248,9 +242,10 @@ impl Drop for Stream<'_> {
         let reason = self.reason.map_or("", Reason::code);
         let metrics = &self.worker.metrics;
         metrics.add(Metric::TcpConnections, &[self.way, &self.service, reason], 1);
-        for (way, bytes) in [("sent", self.copied.sent), ("received", self.copied.received)] {
+        for (way, bytes) in [("sent", self.passed.sent), ("received", self.passed.received)] {
             metrics.add(Metric::TcpBytes, &[self.way, &self.service, way], bytes);
         }
+        self.worker.load.spliced.add(self.passed.spliced);
         let wanted = match self.access_log {
             AccessLog::Off => false,
             AccessLog::All => true,
@@ -270,187 +265,11 @@ impl Drop for Stream<'_> {
                 peer: self.peer.as_ref().map_or("", |peer| peer.identity.as_str()),
                 attempts: self.attempts,
                 duration: now.saturating_duration_since(self.start),
-                sent: self.copied.sent,
-                received: self.copied.received,
+                sent: self.passed.sent,
+                received: self.passed.received,
                 ..Entry::default()
             };
             self.worker.log.write(&entry, now);
         }
-    }
-}
-
-/// Bytes read at once.
-const BUFFER: usize = 64 * 1024;
-
-thread_local! {
-    /// One buffer for all connections of a worker: what cannot be written at once is set aside, which is rare.
-    static SHARED: RefCell<Box<[u8]>> = RefCell::new(vec![0; BUFFER].into_boxed_slice());
-}
-
-/// How a copy ended, and what passed.
-#[derive(Debug, Default)]
-pub struct Copied {
-    /// From the client to the server, bytes
-    pub sent: u64,
-    /// From the server to the client, bytes
-    pub received: u64,
-    /// Nothing passed for the idle timeout
-    pub idle: bool,
-    /// Why it broke
-    pub error: Option<io::Error>,
-}
-
-/// Copies until both sides have ended, one has broken, or nothing passed for `idle`. The end of one direction is handed on
-/// as such (half-close).
-pub async fn copy<A, B>(client: A, server: B, idle: Duration) -> Copied
-where
-    A: AsyncRead + AsyncWrite + Unpin,
-    B: AsyncRead + AsyncWrite + Unpin,
-{
-    copy_heard(client, server, idle, |_| {}).await
-}
-
-async fn copy_heard<A, B, F>(client: A, server: B, idle: Duration, heard: F) -> Copied
-where
-    A: AsyncRead + AsyncWrite + Unpin,
-    B: AsyncRead + AsyncWrite + Unpin,
-    F: FnMut(Speaker) + Unpin,
-{
-    Copy {
-        heard: Some(heard),
-        client,
-        server,
-        up: Half::default(),
-        down: Half::default(),
-        idle,
-        timer: Box::pin(tokio::time::sleep(idle)),
-        active: Instant::now(),
-    }
-    .await
-}
-
-struct Copy<A, B, F> {
-    /// Told once who spoke first.
-    heard: Option<F>,
-    client: A,
-    server: B,
-    up: Half,
-    down: Half,
-    idle: Duration,
-    timer: Pin<Box<Sleep>>,
-    active: Instant,
-}
-
-#[derive(Default)]
-struct Half {
-    /// Read, but not yet taken by the other side.
-    rest: Vec<u8>,
-    taken: usize,
-    ended: bool,
-    closed: bool,
-    bytes: u64,
-}
-
-impl Half {
-    fn poll<R, W>(&mut self, cx: &mut Context<'_>, from: &mut R, to: &mut W, moved: &mut bool) -> Poll<io::Result<()>>
-    where
-        R: AsyncRead + Unpin,
-        W: AsyncWrite + Unpin,
-    {
-        loop {
-            while let Some(rest) = self.rest.get(self.taken..).filter(|rest| !rest.is_empty()) {
-                self.taken += written(ready!(Pin::new(&mut *to).poll_write(cx, rest))?)?;
-                *moved = true;
-            }
-            self.rest = Vec::new();
-            self.taken = 0;
-            if self.ended {
-                if !self.closed {
-                    ready!(Pin::new(&mut *to).poll_shutdown(cx))?;
-                    self.closed = true;
-                }
-                return Poll::Ready(Ok(()));
-            }
-            match self.poll_pass(cx, from, to)? {
-                Poll::Ready(()) => *moved = true,
-                Poll::Pending => {
-                    ready!(Pin::new(&mut *to).poll_flush(cx))?;
-                    return Poll::Pending;
-                }
-            }
-        }
-    }
-
-    /// Reads once and writes as much of it as the other side takes.
-    fn poll_pass<R, W>(&mut self, cx: &mut Context<'_>, from: &mut R, to: &mut W) -> Poll<io::Result<()>>
-    where
-        R: AsyncRead + Unpin,
-        W: AsyncWrite + Unpin,
-    {
-        SHARED.with_borrow_mut(|shared| {
-            let mut buf = ReadBuf::new(shared);
-            ready!(Pin::new(from).poll_read(cx, &mut buf))?;
-            let mut read = buf.filled();
-            self.ended = read.is_empty();
-            self.bytes += read.len() as u64;
-            while !read.is_empty() {
-                match Pin::new(&mut *to).poll_write(cx, read)? {
-                    Poll::Ready(n) => read = read.get(written(n)?..).unwrap_or_default(),
-                    Poll::Pending => {
-                        self.rest = read.to_vec();
-                        break;
-                    }
-                }
-            }
-            Poll::Ready(Ok(()))
-        })
-    }
-}
-
-fn written(n: usize) -> io::Result<usize> {
-    if n == 0 { Err(io::ErrorKind::WriteZero.into()) } else { Ok(n) }
-}
-
-impl<A, B, F> Copy<A, B, F> {
-    fn copied(&self, idle: bool, error: Option<io::Error>) -> Copied {
-        Copied { sent: self.up.bytes, received: self.down.bytes, idle, error }
-    }
-}
-
-impl<A, B, F> Future for Copy<A, B, F>
-where
-    A: AsyncRead + AsyncWrite + Unpin,
-    B: AsyncRead + AsyncWrite + Unpin,
-    F: FnMut(Speaker) + Unpin,
-{
-    type Output = Copied;
-
-    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Copied> {
-        let this = self.get_mut();
-        let mut moved = false;
-        let up = this.up.poll(cx, &mut this.client, &mut this.server, &mut moved);
-        let down = this.down.poll(cx, &mut this.server, &mut this.client, &mut moved);
-        if moved && let Some(mut heard) = this.heard.take() {
-            // Both at once: the client did not wait for the server.
-            heard(if this.up.bytes > 0 { Speaker::Client } else { Speaker::Server });
-        }
-        match (up, down) {
-            (Poll::Ready(Err(error)), _) | (_, Poll::Ready(Err(error))) => {
-                return Poll::Ready(this.copied(false, Some(error)));
-            }
-            (Poll::Ready(Ok(())), Poll::Ready(Ok(()))) => return Poll::Ready(this.copied(false, None)),
-            _ => {}
-        }
-        if moved {
-            this.active = Instant::now();
-        }
-        while this.timer.as_mut().poll(cx).is_ready() {
-            let deadline = this.active + this.idle;
-            if Instant::now() >= deadline {
-                return Poll::Ready(this.copied(true, None));
-            }
-            this.timer.as_mut().reset(deadline);
-        }
-        Poll::Pending
     }
 }

@@ -132,6 +132,24 @@ fn a_stream_ends_when_either_side_is_no_longer_trusted() {
 }
 
 #[test]
+fn what_passed_before_the_cut_is_counted_and_logged() {
+    run(async {
+        let app = greeter().await;
+        let mut client = TestProxy::new("web");
+        client.service(&service("db", retries()));
+        client.endpoints("demo/db:80", vec![endpoint("db-0", app, None)]);
+        let outbound = client.serve_outbound(None, Some("10.96.0.1:80".parse().unwrap())).await;
+        let mut stream = TcpStream::connect(outbound).await.unwrap();
+        within(stream.read_exact(&mut [0; 3])).await.unwrap();
+        client.worker.proxy.drain.advance(crate::drain::Phase::Cut);
+        until("the stream is over", || client.total(Metric::TcpOpen, &["outbound"]) == 0).await;
+        assert_eq!(client.total(Metric::TcpBytes, &["outbound", "demo/db", "received"]), 3);
+        let line = client.logged("outbound");
+        assert_eq!((&line["reason"], &line["received"]), (&"draining".into(), &3.into()));
+    });
+}
+
+#[test]
 fn a_long_lived_stream_is_a_finished_probe() {
     run(async {
         let app = greeter().await;

@@ -14,6 +14,13 @@ struct Conn {
     dead: bool,
     got: Vec<u8>,
     need: usize,
+    /// The response under way is a refusal
+    refused: bool,
+}
+
+/// Says why, and when to come again.
+fn is_refusal(head: &str) -> bool {
+    head.starts_with("http/1.1 503") && head.contains("\r\nx-outrigger-reason: overloaded") && head.contains("\r\nretry-after: ")
 }
 
 /// Constant-rate schedule shared by all connections. Latency counts from the *intended* send
@@ -21,6 +28,9 @@ struct Conn {
 pub fn run(o: &Opts) {
     let (rate, conns): (f64, usize) = (num(o, "rate", 1000.0), num(o, "conns", 32));
     let (secs, warm): (f64, f64) = (num(o, "secs", 4.0), num(o, "warmup", 1.0));
+    // Refusals are part of what is measured: 503 with a reason and `retry-after`. What no connection is free for is not sent.
+    let shed: usize = num(o, "shed", 0);
+    let (mut refused, mut unsent) = (0u64, 0u64);
     let req = b"GET /svc-0/ HTTP/1.1\r\nHost: svc-0.mesh\r\nUser-Agent: meshbench\r\nAccept: */*\r\n\r\n";
     unsafe { libc::prctl(libc::PR_SET_TIMERSLACK, 1usize) };
     let ep = unsafe { libc::epoll_create1(0) };
@@ -31,7 +41,7 @@ pub fn run(o: &Opts) {
         s.set_nonblocking(true).unwrap();
         let mut ev = libc::epoll_event { events: libc::EPOLLIN as u32, u64: i as u64 };
         unsafe { libc::epoll_ctl(ep, libc::EPOLL_CTL_ADD, s.as_raw_fd(), &mut ev) };
-        cs.push(Conn { s, intended: 0, busy: false, dead: false, got: Vec::new(), need: 0 });
+        cs.push(Conn { s, intended: 0, busy: false, dead: false, got: Vec::new(), need: 0, refused: false });
     }
     let t0 = Instant::now();
     let now = || t0.elapsed().as_nanos() as u64;
@@ -50,6 +60,9 @@ pub fn run(o: &Opts) {
             backlog.push_back(next);
             n += 1;
             next = (n as f64 * step) as u64;
+        }
+        if shed > 0 && free.is_empty() {
+            unsent += backlog.drain(..).filter(|at| *at >= warm_ns).count() as u64;
         }
         while let (Some(&want), Some(&i)) = (backlog.front(), free.front()) {
             backlog.pop_front();
@@ -95,7 +108,8 @@ pub fn run(o: &Opts) {
                         if let Some(p) = c.got.windows(4).position(|w| w == b"\r\n\r\n") {
                             let h = String::from_utf8_lossy(&c.got[..p]).to_ascii_lowercase();
                             let len = h.split("\r\n").find_map(|l| l.strip_prefix("content-length:"));
-                            match (h.starts_with("http/1.1 200"), len.and_then(|v| v.trim().parse::<usize>().ok())) {
+                            c.refused = shed > 0 && is_refusal(&h);
+                            match (h.starts_with("http/1.1 200") || c.refused, len.and_then(|v| v.trim().parse::<usize>().ok())) {
                                 (true, Some(l)) => c.need = p + 4 + l,
                                 _ => {
                                     errors += 1;
@@ -107,8 +121,10 @@ pub fn run(o: &Opts) {
                     if !c.dead && c.need > 0 && c.got.len() >= c.need {
                         let l = now().saturating_sub(c.intended);
                         total += 1;
-                        if c.intended >= warm_ns {
-                            lat.push(l);
+                        match (c.intended >= warm_ns, c.refused) {
+                            (true, false) => lat.push(l),
+                            (true, true) => refused += 1,
+                            (false, _) => {}
                         }
                         c.busy = false;
                         inflight -= 1;
@@ -133,7 +149,7 @@ pub fn run(o: &Opts) {
     lat.sort_unstable();
     let q = |p: f64| lat.get(((lat.len() as f64 * p) as usize).min(lat.len().saturating_sub(1))).copied().unwrap_or(0) as f64 / 1000.0;
     println!(
-        "{{\"total\":{},\"counted\":{},\"errors\":{},\"p50_us\":{:.1},\"p90_us\":{:.1},\"p99_us\":{:.1},\"p999_us\":{:.1},\"max_us\":{:.1}}}",
+        "{{\"total\":{},\"counted\":{},\"refused\":{refused},\"unsent\":{unsent},\"errors\":{},\"p50_us\":{:.1},\"p90_us\":{:.1},\"p99_us\":{:.1},\"p999_us\":{:.1},\"max_us\":{:.1}}}",
         total, lat.len(), errors, q(0.5), q(0.9), q(0.99), q(0.999), q(1.0)
     );
 }

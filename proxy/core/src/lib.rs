@@ -5,7 +5,7 @@
 //! into what the data path evaluates: sorted matchers, compiled expressions).
 //!
 //! The decisions on a request: [`detect`], [`normalize`], [`authz`], [`route`], [`balance`], [`breaker`],
-//! [`outlier`], [`retry`], [`first`], [`quiet`]; [`reason`] is the one table of why the mesh itself answered.
+//! [`outlier`], [`retry`], [`first`], [`quiet`], [`splice`]; [`reason`] is the one table of why the mesh itself answered.
 
 pub mod authz;
 pub mod balance;
@@ -25,3 +25,4 @@ pub mod retry;
 pub mod route;
 pub mod shed;
 pub mod spiffe;
+pub mod splice;

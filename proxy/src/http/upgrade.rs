@@ -8,10 +8,11 @@ use std::time::Duration;
 use super::Way;
 use super::attempt::Attempt;
 use super::exchange::{Exchange, Running};
+use crate::copy::Relay;
 use crate::io::Io;
 use crate::listen;
 use crate::metrics::Metric;
-use crate::{tcp, tls};
+use crate::tls;
 
 /// Without a byte in either direction.
 const IDLE: Duration = Duration::from_secs(3600);
@@ -36,12 +37,17 @@ pub(super) fn start(
         attempt.connected();
         let store = &worker.proxy.identity;
         match client.await {
-            Ok(client) => tokio::select! {
-                copied = tcp::copy(TokioIo::new(client), server, IDLE) => exchange.count(copied.sent, copied.received),
-                () = worker.drain.cut() => exchange.end_with(Reason::Draining),
-                _why = tls::cut(exchange.connection.proof(), store) => exchange.end_with(Reason::PeerIdentity),
-                _why = tls::cut(attempt.peer(), store) => exchange.end_with(Reason::PeerIdentity),
-            },
+            Ok(client) => {
+                let mut relay = Relay::new(TokioIo::new(client), server, IDLE, |_| {});
+                tokio::select! {
+                    _ended = &mut relay => {}
+                    () = worker.drain.cut() => exchange.end_with(Reason::Draining),
+                    _why = tls::cut(exchange.connection.proof(), store) => exchange.end_with(Reason::PeerIdentity),
+                    _why = tls::cut(attempt.peer(), store) => exchange.end_with(Reason::PeerIdentity),
+                }
+                let passed = relay.passed();
+                exchange.count(passed.sent, passed.received);
+            }
             Err(error) => tracing::debug!(%error, "an upgrade was not completed"),
         }
         drop((exchange, attempt, running, count));
