@@ -38,6 +38,13 @@ pub struct Flags {
     /// registrytoken), read at each fetch
     #[arg(long, env = "OUTRIGGER_REGISTRY_CONFIG", value_name = "FILE")]
     pub registry_config: Option<PathBuf>,
+    /// Authorities (PEM), beside the system's, of hosts that filters' modules come from
+    #[arg(long, env = "OUTRIGGER_REGISTRY_CA", value_name = "FILE")]
+    pub registry_ca: Option<PathBuf>,
+    /// Registries (HOST[:PORT]) that are spoken to in plaintext, and hosts to whose http:// URLs logins are sent; those on loopback
+    /// always are
+    #[arg(long, env = "OUTRIGGER_REGISTRY_PLAIN_HTTP", value_name = "HOST", value_delimiter = ',')]
+    pub registry_plain_http: Vec<String>,
     /// Write no join token that may join as anything (it is for trying things out)
     #[arg(long, env = "OUTRIGGER_NO_BOOTSTRAP_TOKEN")]
     pub no_bootstrap_token: bool,

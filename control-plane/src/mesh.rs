@@ -39,8 +39,8 @@ pub struct Published {
     pub accepted: Arc<Accepted>,
     /// Modules by digest, with sizes
     pub modules: BTreeMap<String, u64>,
-    /// Modules on other hosts that are not here yet
-    pub missing: BTreeSet<ModuleSource>,
+    /// Modules on other hosts that are not here yet, with the digests that filters pin
+    pub missing: BTreeMap<ModuleSource, BTreeSet<String>>,
     epochs: Epochs,
     answers: Arc<Answers>,
 }
@@ -170,7 +170,7 @@ impl Mesh {
             catalog: Catalog::default(),
             accepted: Arc::default(),
             modules: BTreeMap::new(),
-            missing: BTreeSet::new(),
+            missing: BTreeMap::new(),
             epochs: Epochs::default(),
             answers: answers.clone(),
         };
@@ -366,15 +366,18 @@ impl Mesh {
     pub async fn fetched(self: &Arc<Self>, source: ModuleSource, bytes: Vec<u8>) -> Result<(), String> {
         let take = move |mesh: &Self, building: &mut Building| {
             let digest = hex::encode(Sha256::digest(&bytes));
-            if building.wanted.get(&source).is_some_and(|pinned| !pinned.is_empty() && !pinned.contains(&digest)) {
-                return Err(io::Error::other(format!(
-                    "its content has digest {digest}, not the one in spec.module.sha256"
-                )));
+            let pinned = building.wanted.get(&source).cloned().unwrap_or_default();
+            let other =
+                || Err(io::Error::other(format!("its content has digest {digest}, not the one in spec.module.sha256")));
+            if !pinned.is_empty() && !pinned.contains(&digest) {
+                return other();
             }
             building.problems.remove(&source);
             building.modules.fetched(source, &bytes)?;
             mesh.again(building);
-            Ok(())
+            // One place gives one module: another filter that pins another one waits.
+            let held = building.modules.held();
+            if pinned.iter().all(|digest| held.contains_key(digest)) { Ok(()) } else { other() }
         };
         self.building(take).await.map_err(|error| error.to_string())
     }
@@ -443,7 +446,7 @@ impl Mesh {
         self.builds.fetch_add(1, Ordering::Relaxed);
         let registrations = self.leases().registrations();
         let (mut catalog, mut rejections) = Catalog::build(self.inputs(building, registrations.clone()));
-        if building.restore(&rejections) {
+        if building.restore(&rejections, &self.now().accepted) {
             (catalog, rejections) = Catalog::build(self.inputs(building, registrations));
         }
         let now = self.now();
@@ -466,7 +469,8 @@ impl Mesh {
             trust_domain: self.settings.trust_domain.clone(),
             closed: building.store.accepted().closed.clone(),
             modules: Modules {
-                found: building.found.clone(),
+                // Of earlier versions, too: one of these may have to serve on.
+                found: building.modules.last(),
                 problems: building.problems.clone(),
                 held: building.modules.held(),
             },
@@ -533,9 +537,9 @@ impl Building {
     }
 
     /// Remote sources of which a module is wanted that is not here.
-    fn missing(&self) -> BTreeSet<ModuleSource> {
+    fn missing(&self) -> BTreeMap<ModuleSource, BTreeSet<String>> {
         if self.wanted.is_empty() {
-            return BTreeSet::new();
+            return BTreeMap::new();
         }
         let held = self.modules.held();
         let here = |source: &ModuleSource, pinned: &BTreeSet<String>| match pinned.is_empty() {
@@ -543,12 +547,12 @@ impl Building {
             false => pinned.iter().all(|digest| held.contains_key(digest)),
         };
         let missing = self.wanted.iter().filter(|(source, pinned)| source.is_remote() && !here(source, pinned));
-        missing.map(|(source, _)| source.clone()).collect()
+        missing.map(|(source, pinned)| (source.clone(), pinned.clone())).collect()
     }
 
     /// Puts back the last good versions of policies that contradict older ones, and of filters whose module is not here; whether
     /// there was any. Other findings of the compilation leave a resource in force, or have no earlier version.
-    fn restore(&mut self, rejections: &[Rejection]) -> bool {
+    fn restore(&mut self, rejections: &[Rejection], said: &Accepted) -> bool {
         let restorable = |rejection: &&Rejection| matches!(rejection.kind.as_str(), "TrafficPolicy" | "WasmFilter");
         // A version that was found wanting itself is no good one to go back to.
         let before = std::mem::take(&mut self.findings);
@@ -560,7 +564,9 @@ impl Building {
         };
         for rejection in rejections.iter().filter(restorable).filter(|rejection| !wanting(rejection)) {
             if self.store.retract(rejection).is_some() {
-                tracing::error!("rejected: {rejection}");
+                if !said.rejected.iter().any(|known| known.rejection == *rejection) {
+                    tracing::error!("rejected: {rejection}");
+                }
                 self.findings.push(Rejected::new(rejection.clone(), Serving::LastGood));
             }
         }

@@ -31,7 +31,7 @@ use crate::flags::Flags;
 use crate::grants::Grants;
 use crate::mesh::{Mesh, Settings};
 use crate::metrics::Metrics;
-use crate::modules::remote::Fetcher;
+use crate::modules::remote::{Fetcher, Hosts};
 use crate::proxies::Proxies;
 use crate::refusals::Refusals;
 use crate::reports::Reports;
@@ -158,7 +158,12 @@ impl Control {
         };
 
         let certificate = ServerCert::new(authority.clone())?;
-        let fetcher = Fetcher::new(flags.registry_config.clone()).context("a client for modules on other hosts")?;
+        let fetcher = Fetcher::new(Hosts {
+            credentials: flags.registry_config.clone(),
+            roots: flags.registry_ca.clone(),
+            plain: flags.registry_plain_http.clone(),
+        });
+        let fetcher = fetcher.context("a client for modules on other hosts")?;
         let grpc = bind("--grpc", flags.grpc).await?;
         let http = bind("--http", flags.http).await?;
         let (grpc_address, http_address) = (grpc.local_addr()?, http.local_addr()?);

@@ -35,3 +35,27 @@ async fn a_child_compiles_and_the_cache_keeps_it() {
     assert!(error.contains("not a WebAssembly module"), "{error}");
     assert_eq!(std::fs::read_dir(state.path().join("filters")).unwrap().count(), 1);
 }
+
+/// The module is read from a pipe, so that the compiler can be looked at before it has one.
+#[test]
+fn the_compiler_limits_its_memory_and_time_before_it_reads_the_module() {
+    let directory = tempfile::tempdir().unwrap();
+    let (input, output) = (directory.path().join("in"), directory.path().join("out"));
+    nix::unistd::mkfifo(&input, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_outrigger-proxy"));
+    let mut child = command.arg("--compile-filter").args([&input, &output]).spawn().unwrap();
+    // Opened for writing when the other side opens it for reading.
+    let mut pipe = std::fs::File::options().write(true).open(&input).unwrap();
+    let limits = std::fs::read_to_string(format!("/proc/{}/limits", child.id())).unwrap();
+    let soft = |name: &str| {
+        let line = limits.lines().find(|line| line.starts_with(name)).unwrap();
+        line[name.len()..].split_whitespace().next().unwrap().to_owned()
+    };
+    assert_eq!(soft("Max address space"), (4_u64 << 30).to_string());
+    assert_eq!(soft("Max cpu time"), "60");
+    assert_eq!(soft("Max core file size"), "0");
+    std::io::Write::write_all(&mut pipe, &wat::parse_str(GUEST).unwrap()).unwrap();
+    drop(pipe);
+    assert!(child.wait().unwrap().success());
+    assert!(output.exists());
+}

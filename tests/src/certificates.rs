@@ -1,6 +1,7 @@
 //! Certificates that a test signs itself: expired ones, foreign ones, ones for somebody else.
 
 use std::fs;
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -67,6 +68,19 @@ impl Authority {
         let now = OffsetDateTime::now_utc();
         params.not_before = now - Duration::from_secs(3600);
         params.not_after = life.map_or(now - Duration::from_secs(60), |life| now + life);
+        let key = KeyPair::generate().expect("key");
+        let pem = params.signed_by(&key, &self.issuer).expect("signed").pem();
+        write(directory, name, &pem, &key.serialize_pem())
+    }
+
+    /// A certificate of a server at an address, valid for an hour.
+    pub fn server(&self, directory: &Path, name: &str, ip: IpAddr) -> Leaf {
+        let mut params = CertificateParams::default();
+        params.distinguished_name = DistinguishedName::new();
+        params.subject_alt_names = vec![SanType::IpAddress(ip)];
+        let now = OffsetDateTime::now_utc();
+        params.not_before = now - Duration::from_secs(60);
+        params.not_after = now + Duration::from_secs(3600);
         let key = KeyPair::generate().expect("key");
         let pem = params.signed_by(&key, &self.issuer).expect("signed").pem();
         write(directory, name, &pem, &key.serialize_pem())

@@ -22,6 +22,7 @@ mod pair;
 mod process;
 mod python;
 mod raw;
+mod registry;
 mod shop;
 mod wait;
 
@@ -40,5 +41,6 @@ pub use pair::Pair;
 pub use process::Process;
 pub use python::{python, succeed};
 pub use raw::{Raw, header};
+pub use registry::Registry;
 pub use shop::Shop;
 pub use wait::{HANG, until};

@@ -231,6 +231,27 @@ fn filters_run_and_are_swapped_in_local_mode_too() {
 }
 
 #[test]
+fn modules_on_other_hosts_need_a_control_plane() {
+    let pair = Pair::start();
+    let digest = "0".repeat(64);
+    pair.local.write(
+        "filter.yaml",
+        &format!(
+            "apiVersion: outrigger.dev/v1alpha1\nkind: WasmFilter\nmetadata: {{name: far, namespace: demo}}\n\
+             spec:\n  targetRefs: [{{group: \"\", kind: Service, name: reviews}}]\n  \
+             module: {{oci: \"registry.example/f@sha256:{digest}\"}}\n"
+        ),
+    );
+    until("it is refused by name", || {
+        let log = pair.reviews.process.log();
+        (log.contains("spec.module.oci") && log.contains("needs a control plane")).then_some(())
+    });
+    until("what it guards is closed", || {
+        (pair.web.call("reviews", "/").send().reason() == Some("filter-failed")).then_some(())
+    });
+}
+
+#[test]
 fn flags_that_do_not_go_together_are_named() {
     let local = Local::new("");
     let run = |flags: &[&str]| {

@@ -16,11 +16,13 @@ const PARALLEL: usize = 4;
 const BACKOFF: Duration = Duration::from_secs(1);
 const MAX_BACKOFF: Duration = Duration::from_secs(300);
 
-/// Since when a source is away.
-#[derive(Debug, Clone, Copy)]
+/// A source that gave nothing, or something else.
+#[derive(Debug, Clone)]
 struct Away {
     backoff: Duration,
     next: Instant,
+    /// What was wanted of it
+    pinned: BTreeSet<String>,
 }
 
 /// Runs until dropped.
@@ -31,13 +33,14 @@ pub async fn follow(mesh: Arc<Mesh>, fetcher: Fetcher) {
     let mut fetches = JoinSet::new();
     loop {
         let missing = states.borrow_and_update().missing.clone();
-        away.retain(|source, _| missing.contains(source));
+        // Who wants another digest of it need not wait.
+        away.retain(|source, away| missing.get(source) == Some(&away.pinned));
         let now = Instant::now();
-        for source in &missing {
+        for (source, pinned) in &missing {
             let due = away.get(source).is_none_or(|away| away.next <= now);
             if due && running.len() < PARALLEL && running.insert(source.clone()) {
-                let (fetcher, source) = (fetcher.clone(), source.clone());
-                fetches.spawn(async move { (fetcher.fetch(&source).await, source) });
+                let (fetcher, source, pinned) = (fetcher.clone(), source.clone(), pinned.clone());
+                fetches.spawn(async move { (fetcher.fetch(&source).await, source, pinned) });
             }
         }
         // With every place taken, the next to end decides when to look again.
@@ -49,9 +52,9 @@ pub async fn follow(mesh: Arc<Mesh>, fetcher: Fetcher) {
                     return;
                 }
             }
-            Some(Ok((fetched, source))) = fetches.join_next() => {
+            Some(Ok((fetched, source, pinned))) = fetches.join_next() => {
                 running.remove(&source);
-                take(&mesh, source, fetched, &mut away).await;
+                take(&mesh, (source, pinned), fetched, &mut away).await;
             }
             () = async { tokio::time::sleep_until(next.unwrap_or(now)).await }, if next.is_some() => {}
         }
@@ -60,7 +63,7 @@ pub async fn follow(mesh: Arc<Mesh>, fetcher: Fetcher) {
 
 async fn take(
     mesh: &Arc<Mesh>,
-    source: ModuleSource,
+    (source, pinned): (ModuleSource, BTreeSet<String>),
     fetched: Result<Vec<u8>, FetchError>,
     away: &mut BTreeMap<ModuleSource, Away>,
 ) {
@@ -75,6 +78,6 @@ async fn take(
     };
     let backoff = away.get(&source).map_or(BACKOFF, |away| (away.backoff * 2).min(MAX_BACKOFF));
     tracing::warn!(%source, why, again = ?backoff, "a filter's module cannot be fetched");
-    away.insert(source.clone(), Away { backoff, next: Instant::now() + backoff });
+    away.insert(source.clone(), Away { backoff, next: Instant::now() + backoff, pinned });
     mesh.not_fetched(source, why).await;
 }

@@ -8,7 +8,8 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use oci_client::Reference;
-use oci_client::client::{Client, ClientConfig, ClientProtocol};
+use oci_client::client::{Certificate, CertificateEncoding, Client, ClientConfig, ClientProtocol};
+use oci_client::manifest::ImageIndexEntry;
 use oci_client::secrets::RegistryAuth;
 use outrigger_core::resource::ModuleSource;
 use serde::Deserialize;
@@ -21,6 +22,8 @@ const CONNECT: Duration = Duration::from_secs(10);
 const READ: Duration = Duration::from_secs(30);
 /// A whole fetch.
 const WHOLE: Duration = Duration::from_secs(300);
+/// Redirects of a web server that are followed.
+const REDIRECTS: usize = 5;
 
 /// What a layer that is a WebAssembly module may be called.
 const LAYERS: [&str; 3] = [
@@ -43,33 +46,55 @@ pub enum FetchError {
         "no layer is a WebAssembly module; its layers are {0}; push it as application/vnd.module.wasm.content.layer.v1+wasm"
     )]
     NoModule(String),
-    /// `--registry-config`
-    #[error("--registry-config {}: {why}", path.display())]
-    Credentials {
+    /// More than one may be meant
+    #[error("{0} layers are WebAssembly modules; push an image with one of them")]
+    Several(usize),
+    /// `--registry-config`, `--registry-ca`
+    #[error("{flag} {}: {why}", path.display())]
+    File {
+        /// The flag that names it
+        flag: &'static str,
         /// The file
         path: PathBuf,
         /// What is wrong
         why: String,
     },
+    /// A login that anybody on the way could read
+    #[error(
+        "there is a login for {0} in --registry-config, which is not sent in plaintext; use https, or allow it with --registry-plain-http {0}"
+    )]
+    Plaintext(String),
     /// It took too long
     #[error("not complete after {WHOLE:?}")]
     Timeout,
 }
 
+/// How other hosts are spoken to. Files are read at each fetch, so that what was rotated counts.
+#[derive(Debug, Clone, Default)]
+pub struct Hosts {
+    /// Docker's `config.json` (`--registry-config`)
+    pub credentials: Option<PathBuf>,
+    /// PEM of authorities beside those of the system (`--registry-ca`)
+    pub roots: Option<PathBuf>,
+    /// Hosts, with their port if it is not the scheme's, that are spoken to in plaintext (`--registry-plain-http`). Those on
+    /// loopback always are
+    pub plain: Vec<String>,
+}
+
 /// Fetches modules.
 #[derive(Debug, Clone)]
 pub struct Fetcher {
-    http: reqwest::Client,
-    /// Docker's `config.json`; read at each fetch, so that rotated credentials count
-    credentials: Option<PathBuf>,
+    hosts: Hosts,
 }
 
 impl Fetcher {
     /// # Errors
-    /// When the system's root certificates cannot be used.
-    pub fn new(credentials: Option<PathBuf>) -> Result<Self, reqwest::Error> {
-        let http = reqwest::Client::builder().connect_timeout(CONNECT).read_timeout(READ).build()?;
-        Ok(Self { http, credentials })
+    /// When a file that is named in `hosts` cannot be used, or the system's root certificates.
+    pub fn new(hosts: Hosts) -> Result<Self, FetchError> {
+        let this = Self { hosts };
+        this.web()?;
+        this.credentials("")?;
+        Ok(this)
     }
 
     /// The module of a remote source.
@@ -91,9 +116,14 @@ impl Fetcher {
 
     async fn url(&self, url: &str) -> Result<Vec<u8>, FetchError> {
         let remote = |error: reqwest::Error| FetchError::Remote(chain(&error));
-        let mut request = self.http.get(url);
-        let host = url.split_once("://").and_then(|(_, rest)| rest.split('/').next()).unwrap_or_default();
-        match self.credentials(host)? {
+        let mut request = self.web()?.get(url);
+        let (scheme, rest) = url.split_once("://").unwrap_or_default();
+        let host = rest.split(['/', '?', '#']).next().unwrap_or_default();
+        let login = self.credentials(host)?;
+        if login != RegistryAuth::Anonymous && scheme == "http" && !self.plain(host) {
+            return Err(FetchError::Plaintext(host.to_owned()));
+        }
+        match login {
             RegistryAuth::Basic(user, password) => request = request.basic_auth(user, Some(password)),
             RegistryAuth::Bearer(token) => request = request.bearer_auth(token),
             RegistryAuth::Anonymous => {}
@@ -113,21 +143,29 @@ impl Fetcher {
         let remote = |error: oci_client::errors::OciDistributionError| FetchError::Remote(chain(&error));
         let image: Reference = reference.parse().map_err(|error| FetchError::Remote(format!("{error}")))?;
         let registry = image.resolve_registry();
-        // As other clients of registries do: on this host there is nobody between.
-        let plain = if is_loopback(registry) { vec![registry.to_owned()] } else { Vec::new() };
+        let plain = if self.plain(registry) { vec![registry.to_owned()] } else { Vec::new() };
+        let root = |data| Certificate { encoding: CertificateEncoding::Der, data };
         let config = ClientConfig {
             protocol: ClientProtocol::HttpsExcept(plain),
             connect_timeout: Some(CONNECT),
             read_timeout: Some(READ),
+            extra_root_certificates: self.roots()?.into_iter().map(root).collect(),
+            platform_resolver: Some(Box::new(of_index)),
             ..ClientConfig::default()
         };
-        let client = Client::new(config);
+        // Not `new`, which goes on without this configuration if it cannot be used.
+        let client = Client::try_from(config).map_err(remote)?;
         let auth = self.credentials(registry)?;
         let (manifest, _) = client.pull_image_manifest(&image, &auth).await.map_err(remote)?;
-        let layer = manifest.layers.iter().find(|layer| LAYERS.contains(&layer.media_type.as_str()));
-        let Some(layer) = layer else {
-            let kinds: Vec<&str> = manifest.layers.iter().map(|layer| layer.media_type.as_str()).collect();
-            return Err(FetchError::NoModule(kinds.join(", ")));
+        let modules = manifest.layers.iter().filter(|layer| LAYERS.contains(&layer.media_type.as_str()));
+        let modules: Vec<_> = modules.collect();
+        let layer = match modules.as_slice() {
+            [layer] => *layer,
+            [] => {
+                let kinds: Vec<&str> = manifest.layers.iter().map(|layer| layer.media_type.as_str()).collect();
+                return Err(FetchError::NoModule(kinds.join(", ")));
+            }
+            several => return Err(FetchError::Several(several.len())),
         };
         if u64::try_from(layer.size).is_ok_and(|size| size > MAX_MODULE) {
             return Err(FetchError::TooLarge);
@@ -138,10 +176,62 @@ impl Fetcher {
         Ok(module.bytes)
     }
 
-    fn credentials(&self, host: &str) -> Result<RegistryAuth, FetchError> {
-        let Some(path) = &self.credentials else { return Ok(RegistryAuth::Anonymous) };
-        read_credentials(path, host).map_err(|why| FetchError::Credentials { path: path.clone(), why })
+    /// A client of web servers.
+    fn web(&self) -> Result<reqwest::Client, FetchError> {
+        // What comes is pinned by its digest; what is asked for stays as secret as it was.
+        let redirects = reqwest::redirect::Policy::custom(|attempt| {
+            let secure = attempt.previous().last().is_some_and(|from| from.scheme() == "https");
+            if attempt.previous().len() > REDIRECTS {
+                return attempt.error(format!("more than {REDIRECTS} redirects"));
+            }
+            if secure && attempt.url().scheme() != "https" {
+                return attempt.error("a redirect from https to plaintext is not followed");
+            }
+            attempt.follow()
+        });
+        let mut builder = reqwest::Client::builder().connect_timeout(CONNECT).read_timeout(READ).redirect(redirects);
+        let roots: Result<Vec<_>, _> = self.roots()?.iter().map(|der| reqwest::Certificate::from_der(der)).collect();
+        let roots = roots.map_err(|error| self.wrong_roots(chain(&error)))?;
+        builder = builder.tls_certs_merge(roots);
+        builder.build().map_err(|error| FetchError::Remote(chain(&error)))
     }
+
+    /// Certificates of `--registry-ca`, DER.
+    fn roots(&self) -> Result<Vec<Vec<u8>>, FetchError> {
+        let Some(path) = &self.hosts.roots else { return Ok(Vec::new()) };
+        let text = std::fs::read(path).map_err(|error| self.wrong_roots(error.to_string()))?;
+        let found = pem::parse_many(&text).map_err(|error| self.wrong_roots(error.to_string()))?;
+        let found = found.into_iter().filter(|pem| pem.tag() == "CERTIFICATE");
+        let found: Vec<_> = found.map(pem::Pem::into_contents).collect();
+        if found.is_empty() {
+            return Err(self.wrong_roots("no certificate is in it".to_owned()));
+        }
+        Ok(found)
+    }
+
+    fn wrong_roots(&self, why: String) -> FetchError {
+        FetchError::File { flag: "--registry-ca", path: self.hosts.roots.clone().unwrap_or_default(), why }
+    }
+
+    /// Whether a host is spoken to in plaintext: as other clients of registries do, on this one, where there is nobody between.
+    fn plain(&self, host: &str) -> bool {
+        is_loopback(host) || self.hosts.plain.iter().any(|plain| plain == host)
+    }
+
+    fn credentials(&self, host: &str) -> Result<RegistryAuth, FetchError> {
+        let Some(path) = &self.hosts.credentials else { return Ok(RegistryAuth::Anonymous) };
+        let wrong = |why| FetchError::File { flag: "--registry-config", path: path.clone(), why };
+        read_credentials(path, host).map_err(wrong)
+    }
+}
+
+/// The image of an index: the one for WebAssembly, or the only one.
+fn of_index(images: &[ImageIndexEntry]) -> Option<String> {
+    let wasm = |image: &&ImageIndexEntry| {
+        image.platform.as_ref().is_some_and(|platform| platform.architecture.to_string() == "wasm")
+    };
+    let only = || images.first().filter(|_| images.len() == 1);
+    images.iter().find(wasm).or_else(only).map(|image| image.digest.clone())
 }
 
 fn is_loopback(registry: &str) -> bool {
@@ -154,6 +244,10 @@ fn is_loopback(registry: &str) -> bool {
 struct Docker {
     #[serde(default)]
     auths: HashMap<String, Login>,
+    #[serde(default, rename = "credHelpers")]
+    helpers: HashMap<String, String>,
+    #[serde(default, rename = "credsStore")]
+    store: String,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -163,20 +257,35 @@ struct Login {
     auth: String,
     username: String,
     password: String,
+    identitytoken: String,
     registrytoken: String,
 }
 
 fn read_credentials(path: &Path, host: &str) -> Result<RegistryAuth, String> {
     let text = std::fs::read(path).map_err(|error| error.to_string())?;
     let docker: Docker = serde_json::from_slice(&text).map_err(|error| error.to_string())?;
-    let Some(login) = docker.auths.get(host).or_else(|| docker.auths.get(&format!("https://{host}"))) else {
+    // As `docker login` writes them.
+    let names =
+        [host.to_owned(), format!("https://{host}"), format!("https://{host}/v1/"), format!("https://{host}/v2/")];
+    if let Some(helper) = docker.helpers.get(host) {
+        return Err(format!("credHelpers.{host}: `{helper}` is not run; write the login to auths.{host}.auth"));
+    }
+    let Some(login) = names.iter().find_map(|name| docker.auths.get(name)) else {
         return Ok(RegistryAuth::Anonymous);
     };
+    if !login.identitytoken.is_empty() {
+        return Err(format!(
+            "auths.{host}: identitytoken is not supported; use a user and a password, or registrytoken"
+        ));
+    }
     if !login.registrytoken.is_empty() {
         return Ok(RegistryAuth::Bearer(login.registrytoken.clone()));
     }
     if !login.username.is_empty() {
         return Ok(RegistryAuth::Basic(login.username.clone(), login.password.clone()));
+    }
+    if login.auth.is_empty() && !docker.store.is_empty() {
+        return Err(format!("credsStore: `{}` is not run; write the login to auths.{host}.auth", docker.store));
     }
     let decoded = base64::Engine::decode(&base64::prelude::BASE64_STANDARD, &login.auth).ok();
     let decoded = decoded.and_then(|bytes| String::from_utf8(bytes).ok());

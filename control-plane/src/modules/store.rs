@@ -13,8 +13,8 @@ use sha2::{Digest, Sha256};
 
 use crate::durable;
 
-/// A larger file is no filter. Bytes.
-pub const MAX_MODULE: u64 = 256 * 1024 * 1024;
+/// Larger modules are not compiled by proxies. Bytes.
+pub const MAX_MODULE: u64 = 64 * 1024 * 1024;
 
 /// A module that no filter uses is held this long.
 const UNUSED: Duration = Duration::from_secs(24 * 3600);
@@ -80,11 +80,20 @@ impl ModuleStore {
             };
             found.extend(module.map(|module| (source.clone(), module)));
         }
-        if found != self.last {
-            self.last.clone_from(&found);
+        // Of sources that nobody wants now, too: an earlier version of a filter may be the last good one.
+        let mut last = self.last.clone();
+        last.extend(found.clone());
+        last.retain(|_, module| self.held.contains_key(&module.sha256));
+        if last != self.last {
+            self.last = last;
             self.save();
         }
         found
+    }
+
+    /// What each source gave last, as far as it is held.
+    pub fn last(&self) -> BTreeMap<ModuleSource, Module> {
+        self.last.clone()
     }
 
     fn save(&self) {
@@ -175,6 +184,18 @@ mod tests {
         let mut reopened = ModuleStore::open(directory.path().join("modules")).unwrap();
         assert_eq!(reopened.load(wanted.iter()).into_values().next(), Some(three.clone()));
         assert_eq!(reopened.held(), BTreeMap::from([(one.sha256, 3), (three.sha256, 5)]));
+    }
+
+    #[test]
+    fn what_a_source_gave_is_remembered_while_another_is_wanted() {
+        let directory = tempfile::tempdir().unwrap();
+        let source = |digest: &str| ModuleSource::Oci(format!("registry.example/f@sha256:{digest}"));
+        let (old, new) = (source("0"), source("1"));
+        let mut store = ModuleStore::open(directory.path().join("modules")).unwrap();
+        let module = store.fetched(old.clone(), b"wasm").unwrap();
+        assert!(store.load([&new].into_iter()).is_empty());
+        assert_eq!(store.last().get(&old), Some(&module));
+        assert_eq!(store.load([&old].into_iter()).get(&old), Some(&module));
     }
 
     #[test]

@@ -17,7 +17,7 @@ use super::engine::{Engine, Output, Prepare};
 use super::local::Local;
 use super::remote::Remote;
 use super::{Directory, persist};
-use crate::filter::{Plugin, Plugins};
+use crate::filter::{FilterError, Plugin, Plugins};
 use crate::identity::IdentityStore;
 use crate::upstream::Clusters;
 
@@ -263,10 +263,16 @@ impl Driver {
 async fn make(plugins: Option<Arc<Plugins>>, origin: Origin, prepare: &Prepare) -> Result<Arc<Plugin>, String> {
     let plugins = plugins.ok_or("this proxy runs no WASM filters")?;
     let digest = &prepare.spec.sha256;
+    if plugins.has_module(digest) {
+        match plugins.prepare(&prepare.spec, None).await {
+            // What was compiled cannot be used: from the beginning.
+            Err(FilterError::Missing(_)) => {}
+            prepared => return prepared.map_err(|error| error.to_string()),
+        }
+    }
     let module = match &origin {
-        _ if plugins.has_module(digest) => None,
-        Origin::Remote(remote) => Some(remote.module(digest).await?),
-        Origin::Local(local) => Some(local.module(digest)?),
+        Origin::Remote(remote) => remote.module(digest).await?,
+        Origin::Local(local) => local.module(digest)?,
     };
-    plugins.prepare(&prepare.spec, module).await.map_err(|error| error.to_string())
+    plugins.prepare(&prepare.spec, Some(module)).await.map_err(|error| error.to_string())
 }

@@ -3,6 +3,7 @@
 mod driver;
 mod engine;
 mod local;
+mod modules;
 mod persist;
 mod remote;
 mod reply;

@@ -3,22 +3,17 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use outrigger_proto::control::FetchRequest;
-use outrigger_proto::control::modules_client::ModulesClient;
 use outrigger_proto::discovery::Node;
 use outrigger_proto::discovery::aggregated_discovery_service_client::AggregatedDiscoveryServiceClient;
 use tokio::sync::{mpsc, watch};
-use tokio_stream::StreamExt;
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tonic::transport::Channel;
 
-use super::{Event, Requests};
+use super::{Event, Requests, modules};
 use crate::identity::{ControlPlane, IdentityStore};
 
 const BACKOFF: Duration = Duration::from_millis(100);
 const MAX_BACKOFF: Duration = Duration::from_secs(5);
-/// Largest module that is fetched. Bytes.
-const MAX_MODULE: u64 = 64 << 20;
 /// A resource larger than this is a mistake. Bytes.
 const MAX_MESSAGE: usize = 64 << 20;
 
@@ -58,19 +53,7 @@ impl Remote {
 
     /// The bytes of a module, by digest.
     pub(super) async fn module(&self, sha256: &str) -> Result<bytes::Bytes, String> {
-        let mut client = ModulesClient::new(self.control.channel());
-        let request = FetchRequest { name: format!("wasm/{sha256}"), offset: 0 };
-        let failed = |status: tonic::Status| format!("module wasm/{sha256} cannot be fetched: {}", status.message());
-        let mut chunks = client.fetch(request).await.map_err(failed)?.into_inner();
-        let mut bytes = Vec::new();
-        while let Some(chunk) = chunks.next().await {
-            let chunk = chunk.map_err(failed)?;
-            bytes.extend_from_slice(&chunk.data);
-            if bytes.len() as u64 > MAX_MODULE || chunk.total > MAX_MODULE {
-                return Err(format!("module wasm/{sha256} has more than {} MiB", MAX_MODULE >> 20));
-            }
-        }
-        Ok(bytes.into())
+        modules::fetch(|| self.control.channel(), sha256).await
     }
 }
 

@@ -25,7 +25,7 @@ pub use report::{Health, StatusRow, prometheus};
 pub use stream::{At, Facts, Flow, HeadMut, HeadRef, Lacking, Stream, View, Which};
 pub use wasm::{Answer, AnswerBody, CallOut, Outside, connect, release_unused, warm};
 
-/// Bytes that a filter may put into a body at once.
+/// Bytes that a filter may make of a body, in one write or in many.
 pub const WRITE_LIMIT: usize = 16 * 1024 * 1024;
 /// Bytes of a body that are held for a filter that does not say otherwise.
 pub const BODY_LIMIT: usize = 64 * 1024;

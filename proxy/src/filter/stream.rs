@@ -368,7 +368,13 @@ impl View {
         let mut data = self.stream.data.borrow_mut();
         let Some(slot) = data.slots.get_mut(self.index) else { return false };
         let stage = slot.stage_mut(flow);
-        if !(stage.open(At::Body) || stage.open(At::Trailers)) || with.len() > super::WRITE_LIMIT {
+        if !(stage.open(At::Body) || stage.open(At::Trailers)) {
+            return false;
+        }
+        // Also in many small steps: a paused stream's filter may come again and again.
+        let size = stage.body.len();
+        let cut = len.min(size - start.min(size));
+        if with.len() > cut && size - cut + with.len() > super::WRITE_LIMIT {
             return false;
         }
         stage.body.splice(start, len, with);

@@ -143,9 +143,7 @@ fn module(filter: &WasmFilter, modules: &Modules) -> Result<Module, (&'static st
             "no module of this digest is here; give it by `outrigger filter push`".to_owned()
         }
         (None, ModuleSource::File(_)) => format!("{source} cannot be read"),
-        (None, ModuleSource::Url(_) | ModuleSource::Oci(_)) => format!(
-            "{source} is on another host, which is not supported yet; give it by `outrigger filter push` and name its sha256"
-        ),
+        (None, ModuleSource::Url(_) | ModuleSource::Oci(_)) => format!("{source} is not fetched yet"),
     };
     Err((source.field(), why))
 }

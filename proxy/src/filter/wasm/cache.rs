@@ -1,11 +1,13 @@
 //! Compiled modules on disk, and the child process that compiles them.
 
+use std::collections::HashMap;
 use std::ffi::OsString;
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
-use std::time::Duration;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, SystemTime};
 
 use nix::sys::resource::{Resource, setrlimit};
 use sha2::{Digest, Sha256};
@@ -21,12 +23,18 @@ const MODULE_BYTES: usize = 64 * 1024 * 1024;
 const COMPILE_MEMORY: u64 = 4 << 30;
 const COMPILE_CPU_SECONDS: u64 = 60;
 const COMPILE_TIME: Duration = Duration::from_secs(120);
+/// Compiled modules that are kept from earlier runs, the newest ones.
+const KEPT: usize = 64;
+/// What another engine compiled, and half-done work, is nobody's after this time.
+const STALE: Duration = Duration::from_secs(600);
 
 /// The directory of compiled modules.
 #[derive(Debug)]
 pub(crate) struct Cache {
     directory: PathBuf,
     compatibility: u64,
+    /// By digest: several filters of one module have it compiled once
+    turns: Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>,
 }
 
 impl Cache {
@@ -46,7 +54,39 @@ impl Cache {
 
     /// A directory that was prepared, for the code of an engine.
     pub(crate) fn of(directory: &Path, engine: &Engine) -> Self {
-        Self { directory: directory.to_owned(), compatibility: engine::compatibility(engine) }
+        let compatibility = engine::compatibility(engine);
+        let this = Self { directory: directory.to_owned(), compatibility, turns: Mutex::default() };
+        if let Err(error) = this.tidy() {
+            tracing::warn!(directory = %directory.display(), %error, "the cache of compiled filters cannot be tidied");
+        }
+        this
+    }
+
+    /// Removes what another engine compiled, what an end in the middle left behind, and all but the newest.
+    fn tidy(&self) -> io::Result<()> {
+        let suffix = format!("-{:016x}.cwasm", self.compatibility);
+        let mut ours = Vec::new();
+        for entry in std::fs::read_dir(&self.directory)? {
+            let entry = entry?;
+            let written = entry.metadata().and_then(|meta| meta.modified()).unwrap_or_else(|_| SystemTime::now());
+            if entry.file_name().to_string_lossy().ends_with(&suffix) {
+                ours.push((written, entry.path()));
+            } else if written.elapsed().is_ok_and(|age| age > STALE) {
+                // Whoever has one mapped keeps it.
+                let _ = std::fs::remove_file(entry.path());
+            }
+        }
+        ours.sort();
+        for (_, old) in ours.iter().rev().skip(KEPT) {
+            let _ = std::fs::remove_file(old);
+        }
+        Ok(())
+    }
+
+    fn turn(&self, sha256: &str) -> Arc<tokio::sync::Mutex<()>> {
+        let mut turns = self.turns.lock().unwrap_or_else(PoisonError::into_inner);
+        turns.retain(|_, turn| Arc::strong_count(turn) > 1);
+        Arc::clone(turns.entry(sha256.to_owned()).or_default())
     }
 
     fn file(&self, sha256: &str) -> PathBuf {
@@ -69,6 +109,8 @@ impl Cache {
         if !is_digest(sha256) {
             return Err(FilterError::Refused(format!("`{sha256}` is not a SHA-256 in lower-case hex")));
         }
+        let turn = self.turn(sha256);
+        let _turn = turn.lock().await;
         if self.has(sha256) {
             return Ok(());
         }
@@ -116,12 +158,13 @@ impl Cache {
         std::fs::rename(&output, self.file(sha256)).map_err(|error| FilterError::Io("compiled filter".into(), error))
     }
 
-    /// Maps the compiled module. A file that does not fit is removed, so that the next attempt compiles again.
+    /// Maps the compiled module. A file that does not fit is removed and missing: it is to be compiled again.
     pub(crate) fn map(&self, engine: &Engine, sha256: &str) -> Result<Module, FilterError> {
         let file = self.file(sha256);
         mapped::module(engine, &file).map_err(|error| {
             let _ = std::fs::remove_file(&file);
-            FilterError::Refused(format!("the compiled module cannot be mapped: {error:#}"))
+            tracing::warn!(file = %file.display(), error = format!("{error:#}"), "a compiled module cannot be mapped");
+            FilterError::Missing(sha256.to_owned())
         })
     }
 }
@@ -212,3 +255,6 @@ fn compile_here(input: &Path, output: &Path) -> Result<(), FilterError> {
     let engine = engine::engine().map_err(|error| FilterError::Refused(format!("no WebAssembly engine: {error:#}")))?;
     compile_to(&engine, &module, output)
 }
+
+#[cfg(test)]
+mod tests;

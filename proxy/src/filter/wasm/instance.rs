@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use wasmtime::{Instance as WasmInstance, InstancePre, Store, Trap, TypedFunc, UpdateDeadline};
+use wasmtime::{Instance as WasmInstance, InstancePre, Store, Trap, TypedFunc, UpdateDeadline, WasmBacktrace};
 
 use super::super::{Event, Flow, View};
 use super::callbacks::Callbacks;
@@ -18,6 +18,9 @@ use super::ticker::{Ticker, Watch};
 /// Start-up may take this many times a callback's time.
 const START_FACTOR: u32 = 20;
 const START_LEAST: Duration = Duration::from_millis(200);
+/// Of a guest's backtrace: frames, and characters of a function's name.
+const FRAMES: usize = 10;
+const FRAME_NAME: usize = 80;
 
 /// Why a guest's call ended early.
 #[derive(Debug, Clone)]
@@ -358,7 +361,22 @@ fn explain(error: &wasmtime::Error, host: &Host) -> Failure {
         None => error.root_cause().to_string(),
     };
     let memory = if host.limiter.refused { "; it had been refused memory above limits.memory" } else { "" };
-    Failure { message: format!("{message}{memory}"), timeout: host.timed_out }
+    Failure { message: format!("{message}{memory}{}", backtrace(error)), timeout: host.timed_out }
+}
+
+/// Where in the guest it happened, innermost first: `; in f+0x1a < g+0x2b`, each with the offset in the module.
+fn backtrace(error: &wasmtime::Error) -> String {
+    let Some(trace) = error.downcast_ref::<WasmBacktrace>() else { return String::new() };
+    let frames = trace.frames().iter().take(FRAMES).map(|frame| {
+        let name = match frame.func_name() {
+            // The guest chose it.
+            Some(name) => name.escape_debug().take(FRAME_NAME).collect(),
+            None => format!("function {}", frame.func_index()),
+        };
+        format!("{name}+{:#x}", frame.module_offset().unwrap_or_default())
+    });
+    let frames: Vec<String> = frames.collect();
+    if frames.is_empty() { String::new() } else { format!("; in {}", frames.join(" < ")) }
 }
 
 /// Caches what host functions need of the instance.

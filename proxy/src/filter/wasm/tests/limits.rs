@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use super::super::super::Health;
+use super::super::super::{Flow, Frame, Health, WRITE_LIMIT};
 use super::guest::{Bench, Outcome, chain, exchange, head, import, on_headers, passed, reason, reply, wat};
 
 const LOOP: &str = "(loop $l (br $l))";
@@ -198,4 +198,75 @@ fn c63_other_threads_are_not_stopped_by_a_loop_elsewhere() {
         }
         assert!(stuck.join().unwrap());
     });
+}
+
+#[test]
+fn a_failure_says_where_in_the_guest_it_was() {
+    let bench = Bench::new();
+    let body = format!(
+        "(func $innermost unreachable) (func $between (call $innermost)) {}",
+        on_headers("request", "(call $between)", 0)
+    );
+    let plugins = [bench.plugin(&wat("", &body))];
+    let reason = reason(exchange(&plugins).0);
+    let place = |part: &str| reason.find(part).unwrap_or_else(|| panic!("{part} in {reason}"));
+    assert!(place("innermost+0x") < place(" < between+0x"), "{reason}");
+    let row = bench.plugins.status().remove(0);
+    assert_eq!(row.last_error, Some(reason), "and the status says it too");
+    // Where it loops, too.
+    let looping = format!("(func $spins {LOOP}) {}", on_headers("request", "(call $spins)", 0));
+    let plugins = [bench.with(&wat("", &looping), |spec| spec.call_time_ms = 5)];
+    let reason = super::guest::reason(exchange(&plugins).0);
+    assert!(reason.contains("limits.callTime") && reason.contains("spins+0x"), "{reason}");
+}
+
+#[test]
+fn who_used_up_its_share_of_the_worker_waits() {
+    // Some 50 million turns: longer than the hundredth of a second that 1 % may save up.
+    let work = "(local $n i32) (local.set $n (i32.const 50000000)) (loop $l (br_if $l (local.tee $n (i32.sub (local.get $n) (i32.const 1)))))";
+    let guest = wat("", &on_headers("request", work, 0));
+    for fail_open in [false, true] {
+        let bench = Bench::new();
+        let plugins = [bench.with(&guest, |spec| {
+            spec.cpu_share_ppm = 10_000;
+            spec.call_time_ms = 60_000;
+            spec.fail_open = fail_open;
+        })];
+        let throttled = (0..1000)
+            .map(|_| exchange(&plugins).0)
+            .find(|outcome| bench.plugins.status()[0].throttled > 0 || !passed(outcome));
+        match throttled.unwrap() {
+            Outcome::Failed(failed) => {
+                assert!(!fail_open);
+                assert!(failed.reason.contains("limits.cpuShare"), "{failed:?}");
+            }
+            outcome => assert!(fail_open && passed(&outcome), "{outcome:?}"),
+        }
+        let row = &bench.plugins.status()[0];
+        assert_eq!((row.failures, row.health), (0, Health::Running), "its instance lives on");
+    }
+}
+
+#[test]
+fn a_body_does_not_grow_for_ever_by_small_writes() {
+    let bench = Bench::new();
+    // Appends 200 kB again and again; the last time it is refused.
+    let body = r#"(func (export "proxy_on_request_body") (param i32 i32 i32) (result i32) (local $n i32) (local $status i32)
+        (local.set $n (i32.const 300))
+        (loop $l
+            (local.set $status (call $set_buffer_bytes (i32.const 0) (i32.const -1) (i32.const 0) (i32.const 1024) (i32.const 200000)))
+            (br_if $l (local.tee $n (i32.sub (local.get $n) (i32.const 1)))))
+        (call $is (local.get $status) (i32.const 2))
+        (i32.const 0))"#;
+    let plugins = [bench.with(&wat(&import(&[("set_buffer_bytes", 5)]), body), |spec| spec.call_time_ms = 60_000)];
+    let mut driven = chain(&plugins);
+    assert!(passed(&driven.request_headers(&mut head(), false)));
+    driven.0.data(Flow::Request, bytes::Bytes::from_static(b"begun"), true);
+    let mut size = 0;
+    while let Some(Frame::Data(bytes)) = driven.0.next(Flow::Request) {
+        size += bytes.len();
+    }
+    assert!((WRITE_LIMIT - 200_000..=WRITE_LIMIT).contains(&size), "{size}");
+    driven.done();
+    assert_eq!(bench.plugins.status()[0].failures, 0);
 }
