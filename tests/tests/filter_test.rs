@@ -171,6 +171,19 @@ fn a_trap_is_told_with_its_reason() {
 }
 
 #[test]
+fn a_refused_configuration_is_told_with_what_the_filter_said() {
+    let module = example_filter("cohort");
+    let directory = tempfile::tempdir().unwrap();
+    let cases = "cases:\n- name: refused\n  filters: [{module: cohort.wasm, configuration: {share: 101}}]\n";
+    fs::write(directory.path().join("cases.yaml"), cases).unwrap();
+    let modules = module.parent().unwrap().display().to_string();
+    let failed = test(&[&directory.path().display().to_string(), "--modules", &modules]);
+    assert_eq!(failed.status.code(), Some(1), "{failed:?}");
+    let said = text(&failed.stdout);
+    assert!(said.contains("+ refused: ") && said.contains("note: log: error configuration: share: must be"), "{said}");
+}
+
+#[test]
 fn what_cannot_be_read_is_named_with_file_and_line() {
     let (directory, path) = tagger("- name: a\n  steps:\n  - reqest: {}\n");
     let unreadable = test(&[&path]);

@@ -163,12 +163,14 @@ impl Report {
     }
 }
 
-/// What the host said, once each.
+/// What the host said, and a filter that was refused; once each.
 fn notes(outcome: &Outcome) -> Vec<String> {
     let mut all: Vec<String> = Vec::new();
-    for note in outcome.steps.iter().flat_map(|step| &step.notes) {
-        if !all.contains(note) {
-            all.push(note.clone());
+    // A filter that refuses its configuration says why in the log.
+    let start = outcome.start.iter().filter(|_| outcome.refused.is_some()).map(|line| format!("log: {line}"));
+    for note in start.chain(outcome.steps.iter().flat_map(|step| step.notes.iter().cloned())) {
+        if !all.contains(&note) {
+            all.push(note);
         }
     }
     all
