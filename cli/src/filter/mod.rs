@@ -2,6 +2,7 @@
 
 mod attach;
 mod status;
+mod test;
 
 use std::process::ExitCode;
 
@@ -25,6 +26,8 @@ enum FilterCommand {
     Detach(attach::Detach),
     /// Filters, which proxies serve by them, and how they do there
     Status(status::Status),
+    /// Run cases of filters, written in YAML, without a proxy
+    Test(test::Test),
 }
 
 pub(crate) fn run(args: Args, global: &Global) -> anyhow::Result<ExitCode> {
@@ -33,5 +36,6 @@ pub(crate) fn run(args: Args, global: &Global) -> anyhow::Result<ExitCode> {
         FilterCommand::Attach(attach) => attach::attach(&attach, global),
         FilterCommand::Detach(detach) => attach::detach(&detach, global),
         FilterCommand::Status(status) => status::run(&status, global),
+        FilterCommand::Test(args) => test::run(&args, global),
     }
 }

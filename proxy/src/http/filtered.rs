@@ -135,6 +135,11 @@ impl FilteredRequest {
     pub(super) fn poll_frame(&mut self, cx: &mut Context<'_>) -> Polled {
         loop {
             self.chain.settle();
+            if self.chain.stopped() {
+                // The answer is the filters', and ends the attempt: the endpoint is not to be blamed for half a body.
+                self.chain.register(Flow::Request, cx.waker());
+                return Poll::Pending;
+            }
             if let Some(frame) = outflow(&self.chain, Flow::Request) {
                 return Poll::Ready(frame);
             }
@@ -377,7 +382,7 @@ impl Exchange {
             return Ok(response(head, hops).map(|()| ResponseBody::upstream(body, tail, deadline).holding(running)));
         }
         let tail: Box<dyn Tail> = Box::new(ExchangeTail::new(self, attempt));
-        let mut body = FilteredResponse { outlet, tail: Some(tail), failed: None };
+        let mut body = FilteredResponse { outlet, tail: Some(tail), failed: None, cut: false };
         at_once(|cx| body.fetch(cx)).await;
         frame(&mut head, &chain, body.outlet.inlet.is_none());
         let response = response(head, hops);
@@ -487,6 +492,8 @@ pub(super) struct FilteredResponse {
     tail: Option<Box<dyn Tail>>,
     /// How the endpoint's body broke off, to be told after what came before
     failed: Option<BodyError>,
+    /// A filter has ended it; what came before has been sent
+    cut: bool,
 }
 
 impl FilteredResponse {
@@ -525,6 +532,11 @@ impl FilteredResponse {
         loop {
             chain.settle();
             if let Some(frame) = outflow(&chain, Flow::Response) {
+                if matches!(frame, Some(Err(_))) && !std::mem::replace(&mut self.cut, true) {
+                    // An error ends the connection at once. The client is to see how far the response came: its head, at least.
+                    cx.waker().wake_by_ref();
+                    return Poll::Pending;
+                }
                 self.watch(frame.as_ref());
                 return Poll::Ready(frame);
             }

@@ -1,17 +1,21 @@
 //! Cases for filters: what a filter is given and what must come of it. Run in process ([`Runner`]) against the host that serves
 //! traffic; the conformance suite runs the same cases through a whole proxy, and through Envoy.
 
+mod called;
 mod capture;
+mod check;
+mod decode;
 mod drive;
 mod model;
 mod observe;
 mod run;
 
+pub use check::check;
 pub use model::{
     Case, Chunk, Expect, ExpectRequest, ExpectResponse, ExpectUpstream, FilterSpec, Peer, Reply, Request, Service,
     Start, Step, Suite,
 };
 pub use observe::{
-    Differences, Headers, Seen, SeenRequest, SeenResponse, compare, compare_refusal, compare_start, pair,
+    Difference, Differences, Headers, Seen, SeenRequest, SeenResponse, compare, compare_refusal, compare_start, pair,
 };
-pub use run::{Modules, Runner, metric};
+pub use run::{Modules, Outcome, Runner, metric, moment};
