@@ -240,10 +240,22 @@ impl Plugins {
         Self::hollow(settings, &[])
     }
 
+    /// The same, and each callback and host call is an event of target `filter_call`, at level trace. For authors: it costs.
+    ///
+    /// # Errors
+    /// As [`Plugins::new`].
+    pub fn traced(settings: Settings) -> Result<Self, FilterError> {
+        Self::with(settings, &[], true)
+    }
+
     /// The same, with host functions (`proxy_…`) that return Ok and do nothing: for runs that show what depends on them.
     pub(super) fn hollow(settings: Settings, hollow: &[&str]) -> Result<Self, FilterError> {
+        Self::with(settings, hollow, false)
+    }
+
+    fn with(settings: Settings, hollow: &[&str], trace: bool) -> Result<Self, FilterError> {
         let Settings { compiler, cache } = settings;
-        let runtime = Arc::new(Runtime::new(&cache, hollow)?);
+        let runtime = Arc::new(Runtime::new(&cache, hollow, trace)?);
         Ok(Self { compiler, runtime, known: Mutex::default(), next: AtomicU64::new(1) })
     }
 
