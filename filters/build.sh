@@ -51,7 +51,8 @@ rust() {
     if ! has_target; then
         for tool in /usr/bin/rustc /usr/bin/wasm-ld-19; do
             [ -x "$tool" ] || fail "Rust's target $target is missing, and rustup could not add it. Either: rustup target add $target" \
-                "or, on Debian: apt-get install -y --no-install-recommends rustc-web rust-web-src lld-19 wasi-libc"
+                "or, on Debian with its own rustc: apt-get install -y --no-install-recommends libstd-rust-dev-wasm32" \
+                "or, on Debian with another one: apt-get install -y --no-install-recommends rustc-web rust-web-src lld-19 wasi-libc"
         done
         say "rustup has no target $target here: building with Debian's rustc, and the standard library from source"
         rust_ready=debian

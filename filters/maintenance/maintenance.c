@@ -8,6 +8,8 @@
 //   path /checkout                 a path that is closed, with what is below it; again for more
 //   allow x-staff                  requests with this header pass
 //
+// Paths are compared byte by byte, as the client sent them: this tells people that they have to wait, and keeps nobody out.
+//
 // `filters/build.sh` (or `outrigger filter build`) compiles it freestanding with clang.
 typedef unsigned int u32;
 

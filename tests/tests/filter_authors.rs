@@ -234,6 +234,10 @@ fn run_refuses_what_a_proxy_refuses_and_servers_that_it_cannot_reach_plainly() {
     assert!(!refused.status.success() && text(&refused.stderr).contains("0_3_0"), "{refused:?}");
     let refused = filter(directory.path(), &["run", "f.wasm", "--upstream", "https://127.0.0.1:1"]);
     assert!(!refused.status.success() && text(&refused.stderr).contains("TLS"), "{refused:?}");
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = taken.local_addr().unwrap().port().to_string();
+    let refused = filter(directory.path(), &["run", "f.wasm", "--upstream", "http://127.0.0.1:1", "--port", &port]);
+    assert!(!refused.status.success() && text(&refused.stderr).contains(&format!("--port {port}")), "{refused:?}");
 }
 
 #[test]

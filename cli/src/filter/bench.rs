@@ -134,7 +134,7 @@ const FIGURES: [Figure; 4] = [
     ("time per request, p50", |cost| cost.p50_ns as f64, ns),
     ("time per request, p99", |cost| cost.p99_ns as f64, ns),
     ("host allocations per request", |cost| cost.allocations, |count| format!("{count:.1}")),
-    ("memory of an instance", |cost| cost.memory_bytes as f64, |bytes| host::bytes(bytes.max(0.0) as u64)),
+    ("memory of an instance", |cost| cost.memory_bytes as f64, host::amount),
 ];
 
 fn ns(ns: f64) -> String {

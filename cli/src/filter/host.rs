@@ -50,10 +50,18 @@ pub(super) fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
 
 /// A size for people.
 pub(super) fn bytes(size: u64) -> String {
-    match size {
-        0..1024 => format!("{size} B"),
-        1024..1_048_576 => format!("{:.1} KiB", size as f64 / 1024.0),
-        _ => format!("{:.1} MiB", size as f64 / 1_048_576.0),
+    amount(size as f64)
+}
+
+/// The same, of bytes that were computed with.
+pub(super) fn amount(bytes: f64) -> String {
+    let kib = bytes / 1024.0;
+    if kib < 1.0 {
+        format!("{bytes:.0} B")
+    } else if kib < 1024.0 {
+        format!("{kib:.1} KiB")
+    } else {
+        format!("{:.1} MiB", kib / 1024.0)
     }
 }
 

@@ -58,6 +58,10 @@ pub(super) struct Run {
 /// Serves until it is interrupted. Fails (exit code 1) when the module is refused at the start.
 pub(super) fn run(args: &Run) -> anyhow::Result<ExitCode> {
     let upstream = address(&args.upstream).context("--upstream")?;
+    let listen = SocketAddr::from(([127, 0, 0, 1], args.port));
+    ensure!(upstream != listen, "--port {} is where --upstream is: give the filter another one", args.port);
+    // The proxy says it by the names of its own flags.
+    drop(TcpListener::bind(listen).with_context(|| format!("--port {}: cannot listen there", args.port))?);
     let module = host::read_module(&args.file)?;
     let configuration = host::configuration(args.configuration.as_deref())?;
     let configuration = String::from_utf8(configuration).context("--configuration: it is not UTF-8")?;
@@ -76,7 +80,6 @@ pub(super) fn run(args: &Run) -> anyhow::Result<ExitCode> {
     let resources = resources(args, &configuration)?;
     std::fs::write(place.config.join("filter.yaml"), resources).context("the proxy's configuration")?;
 
-    let listen = SocketAddr::from(([127, 0, 0, 1], args.port));
     let path = |path: &Path| path.display().to_string();
     let (config, state) = (path(&place.config), path(&state));
     let (app, inbound, admin_text) = (upstream.to_string(), listen.to_string(), admin.to_string());

@@ -192,7 +192,7 @@ fn text(ty: &ExternType) -> String {
         ExternType::Global(_) => "global".into(),
         ExternType::Table(_) => "table".into(),
         ExternType::Memory(_) => "memory".into(),
-        _ => "other".into(),
+        ExternType::Tag(_) => "tag".into(),
     }
 }
 
