@@ -44,7 +44,7 @@ apt_install() {
 tools=(cc:build-essential curl:curl ip:iproute2 nft:nftables setpriv:util-linux openssl:openssl
     h2load:nghttp2-client wrk:wrk python3:python3 valgrind:valgrind
     docker-registry:docker-registry htpasswd:apache2-utils
-    clang:clang wasm-ld:lld node:nodejs npm:npm) # these four: guests of the conformance suite
+    clang:clang wasm-ld:lld node:nodejs npm:npm) # these four: filters in C and AssemblyScript
 if [ "${1:-}" = --bench ]; then tools+=(nginx:nginx haproxy:haproxy); fi
 packages=()
 PATH="$PATH:/usr/sbin:/sbin"

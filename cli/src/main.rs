@@ -54,7 +54,7 @@ impl Global {
 enum Command {
     /// Run a mesh of four small services on this machine, with load and a live view
     Demo(demo::Args),
-    /// WASM filters: push, attach, detach, and how they do
+    /// WASM filters: write, build, run, measure; push, attach, detach, and how they do
     Filter(filter::Args),
     /// Redirect this host's or pod's traffic to its proxy, with nftables
     Intercept(intercept::Args),
@@ -78,6 +78,11 @@ enum Command {
 }
 
 fn main() -> ExitCode {
+    // Filters that run here are compiled by a child of the same executable, with limits of its own.
+    let arguments: Vec<_> = std::env::args_os().skip(1).collect();
+    if let Some(code) = outrigger_proxy::filter::wasm::compile_main(&arguments) {
+        return ExitCode::from(u8::try_from(code).unwrap_or(1));
+    }
     let cli = Cli::parse();
     match run(cli) {
         Ok(code) => code,

@@ -45,6 +45,15 @@ const LAST_LINES: Duration = Duration::from_secs(1);
 /// What keeps it from starting, with the flag or file to look at.
 pub fn run(settings: Settings) -> Result<()> {
     let log = start_log(&settings.log)?;
+    run_logged(settings, log, false)
+}
+
+/// The same, with a log that is set up already; `log` is its filter. `trace`: what filters call and are called with is told in it, see
+/// [`Plugins::traced`].
+///
+/// # Errors
+/// As [`run`].
+pub fn run_logged(settings: Settings, log: LogHandle, trace: bool) -> Result<()> {
     raise_descriptors();
     let settings = Arc::new(settings);
     let runtime = Builder::new_multi_thread()
@@ -55,7 +64,7 @@ pub fn run(settings: Settings) -> Result<()> {
         .enable_all()
         .build()
         .context("the control runtime cannot be made")?;
-    let started = Started::new(&settings, &runtime, log)?;
+    let started = Started::new(&settings, &runtime, log, trace)?;
     let threads = started.workers;
     runtime.block_on(until_drained(&started.proxy, started.register.as_deref()))?;
     for thread in threads {
@@ -75,7 +84,7 @@ struct Started {
 }
 
 impl Started {
-    fn new(settings: &Arc<Settings>, runtime: &Runtime, log: LogHandle) -> Result<Self> {
+    fn new(settings: &Arc<Settings>, runtime: &Runtime, log: LogHandle, trace: bool) -> Result<Self> {
         let _entered = runtime.enter();
         let state = settings
             .state
@@ -103,7 +112,7 @@ impl Started {
         let inbound_address = address(&inbound)?;
         let _ = proxy.bound.inbound.set(inbound_address);
         let _ = proxy.bound.outbound.set(address(&outbound)?);
-        let plugins = plugins(settings)?;
+        let plugins = plugins(settings, trace)?;
         let (filters, snapshots) = (plugins.clone(), directory.clone());
         proxy.metrics.collect_with(move |text| {
             filter::prometheus(&snapshots.snapshot().filter_rows(&filters), text);
@@ -158,14 +167,15 @@ fn say_started(proxy: &Proxy) {
 }
 
 /// Where filters are compiled to: under --state, or in a directory of this process.
-fn plugins(settings: &Settings) -> Result<Arc<Plugins>> {
+fn plugins(settings: &Settings, trace: bool) -> Result<Arc<Plugins>> {
     let cache = match &settings.state {
         Some(state) => state.join("filters"),
         None => std::env::temp_dir().join(format!("outrigger-{}-{}", nix::unistd::getuid(), std::process::id())),
     };
     let executable = std::env::current_exe().context("the path of this executable")?;
     let settings = filter::Settings { compiler: filter::Compiler::Child(executable), cache };
-    Ok(Arc::new(Plugins::new(settings).context("the filters' host cannot be started")?))
+    let plugins = if trace { Plugins::traced(settings) } else { Plugins::new(settings) };
+    Ok(Arc::new(plugins.context("the filters' host cannot be started")?))
 }
 
 /// Starts what the source of configuration needs: the identity's renewal, and registration.

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Compiles the guests of the conformance suite that are not WAT into ~/.cache/outrigger/conformance/*.wasm: one in Rust, one in C, one in
-# AssemblyScript. Does nothing where the result is newer than its source.
+# AssemblyScript, the latter two as filters/build.sh does it. Does nothing where the result is newer than its source.
 set -euo pipefail
 cd "$(dirname "$0")/guests"
 out="${XDG_CACHE_HOME:-$HOME/.cache}/outrigger/conformance"
+build=$(cd ../../../filters && pwd)/build.sh
 mkdir -p "$out"
 # Tests run side by side.
 exec 9>"$out/.lock"
@@ -17,16 +18,10 @@ if ! [ -e "$out/rust.wasm" ] || [ rust.rs -nt "$out/rust.wasm" ]; then
     finish rust.wasm
 fi
 if ! [ -e "$out/c.wasm" ] || [ c.c -nt "$out/c.wasm" ]; then
-    clang --target=wasm32 -ffreestanding -nostdlib -O2 -Wall -Werror -Wno-unused-parameter \
-        -Wl,--no-entry -Wl,--strip-debug -o "$out/c.wasm.new" c.c
+    "$build" --c c.c "$out/c.wasm.new"
     finish c.wasm
 fi
 if ! [ -e "$out/assemblyscript.wasm" ] || [ assemblyscript.ts -nt "$out/assemblyscript.wasm" ]; then
-    version=0.28.20
-    asc="$out/npm/node_modules/assemblyscript"
-    if ! grep -q "\"version\": \"$version\"" "$asc/package.json" 2>/dev/null; then
-        npm install --silent --no-audit --no-fund --prefix "$out/npm" "assemblyscript@$version"
-    fi
-    node "$asc/bin/asc.js" assemblyscript.ts --optimize --runtime stub --use abort= --outFile "$out/assemblyscript.wasm.new"
+    "$build" --assemblyscript assemblyscript.ts "$out/assemblyscript.wasm.new"
     finish assemblyscript.wasm
 fi

@@ -221,6 +221,7 @@ pub struct Plugins {
     compiler: Compiler,
     cache: PathBuf,
     hollow: Vec<String>,
+    trace: bool,
     /// Made with the first filter: a proxy without any has neither the engine nor its thread
     runtime: OnceLock<Arc<Runtime>>,
     starting: Mutex<()>,
@@ -244,13 +245,25 @@ impl Plugins {
         Self::hollow(settings, &[])
     }
 
+    /// The same, and each callback and host call is an event of target `filter_call`, at level trace. For authors: it costs.
+    ///
+    /// # Errors
+    /// As [`Plugins::new`].
+    pub fn traced(settings: Settings) -> Result<Self, FilterError> {
+        Self::with(settings, &[], true)
+    }
+
     /// The same, with host functions (`proxy_…`) that return Ok and do nothing: for runs that show what depends on them.
     pub(super) fn hollow(settings: Settings, hollow: &[&str]) -> Result<Self, FilterError> {
+        Self::with(settings, hollow, false)
+    }
+
+    fn with(settings: Settings, hollow: &[&str], trace: bool) -> Result<Self, FilterError> {
         let Settings { compiler, cache } = settings;
         Cache::prepare(&cache)?;
         let hollow = hollow.iter().map(|name| (*name).to_owned()).collect();
         let (runtime, starting, known) = (OnceLock::new(), Mutex::default(), Mutex::default());
-        Ok(Self { compiler, cache, hollow, runtime, starting, known, next: AtomicU64::new(1) })
+        Ok(Self { compiler, cache, hollow, trace, runtime, starting, known, next: AtomicU64::new(1) })
     }
 
     fn runtime(&self) -> Result<&Arc<Runtime>, FilterError> {
@@ -262,7 +275,7 @@ impl Plugins {
             return Ok(runtime);
         }
         let hollow: Vec<&str> = self.hollow.iter().map(String::as_str).collect();
-        let runtime = Arc::new(Runtime::new(&self.cache, &hollow)?);
+        let runtime = Arc::new(Runtime::new(&self.cache, &hollow, self.trace)?);
         Ok(self.runtime.get_or_init(|| runtime))
     }
 

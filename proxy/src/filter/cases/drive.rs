@@ -14,20 +14,20 @@ use super::model::{Chunk, Reply, Request};
 use super::observe::{Headers, Seen, SeenRequest, SeenResponse, pair};
 use crate::filter::{Chain, Flow, Frame, Stop};
 
-enum Input {
+pub(super) enum Input {
     Data(Bytes),
     Trailers(HeaderMap),
     End,
 }
 
 /// What goes into a direction behind its head. HTTP says the end by itself, after the last byte.
-fn inputs(body: &[Chunk], trailers: &[String]) -> VecDeque<Input> {
+pub(super) fn inputs(body: &[Chunk], trailers: &[String]) -> VecDeque<Input> {
     let mut all: VecDeque<Input> = body.iter().map(|chunk| Input::Data(chunk.text().into())).collect();
     all.push_back(if trailers.is_empty() { Input::End } else { Input::Trailers(fields(trailers)) });
     all
 }
 
-fn push(chain: &Chain, flow: Flow, inputs: &mut VecDeque<Input>) -> bool {
+pub(super) fn push(chain: &Chain, flow: Flow, inputs: &mut VecDeque<Input>) -> bool {
     if inputs.is_empty() || !chain.wants(flow) {
         return false;
     }
@@ -54,7 +54,7 @@ pub(super) fn seen_fields(fields: &HeaderMap) -> Headers {
     fields.iter().map(|(name, value)| (name.as_str().to_owned(), text(value))).collect()
 }
 
-fn request_head(request: &Request) -> request::Parts {
+pub(super) fn request_head(request: &Request) -> request::Parts {
     let (mut head, ()) = http::Request::new(()).into_parts();
     head.method = Method::from_bytes(request.method.as_bytes()).unwrap_or_default();
     head.uri = request.path.parse().unwrap_or_default();
@@ -72,7 +72,7 @@ pub(super) fn response_head(reply: &Reply) -> response::Parts {
     head
 }
 
-fn has_body(headers: &HeaderMap, body: &[Chunk], trailers: &[String]) -> bool {
+pub(super) fn has_body(headers: &HeaderMap, body: &[Chunk], trailers: &[String]) -> bool {
     let something = !body.is_empty() || !trailers.is_empty();
     something && headers.get(header::CONTENT_LENGTH).is_none_or(|length| length.as_bytes() != b"0")
 }

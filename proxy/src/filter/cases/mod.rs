@@ -1,6 +1,7 @@
 //! Cases for filters: what a filter is given and what must come of it. Run in process ([`Runner`]) against the host that serves
 //! traffic; the conformance suite runs the same cases through a whole proxy, and through Envoy.
 
+mod bench;
 mod called;
 mod capture;
 mod check;
@@ -10,6 +11,7 @@ mod model;
 mod observe;
 mod run;
 
+pub use bench::{Bench, Cost, Costs, bench};
 pub use check::check;
 pub use model::{
     Case, Chunk, Expect, ExpectRequest, ExpectResponse, ExpectUpstream, FilterSpec, Peer, Reply, Request, Service,

@@ -35,6 +35,11 @@ impl Abi {
             Self::V0_2_1 => "proxy_abi_version_0_2_1",
         }
     }
+
+    /// `0.2.1`
+    pub(super) fn number(self) -> String {
+        self.marker().trim_start_matches("proxy_abi_version_").replace('_', ".")
+    }
 }
 
 /// Largest serialized map and largest number of pairs that a guest may pass.

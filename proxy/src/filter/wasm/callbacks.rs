@@ -3,8 +3,8 @@
 use wasmtime::{Instance as WasmInstance, Store, TypedFunc};
 
 use super::super::{Event, Flow, View, Which};
-use super::headers;
 use super::host::Host;
+use super::{headers, trace};
 
 type Ids = (u32, u32);
 
@@ -70,10 +70,11 @@ fn find<P: wasmtime::WasmParams, R: wasmtime::WasmResults>(
     instance: &WasmInstance,
     name: &str,
 ) -> wasmtime::Result<Option<TypedFunc<P, R>>> {
-    if instance.get_func(&mut *store, name).is_none() {
-        return Ok(None);
+    let Some(mut function) = instance.get_func(&mut *store, name) else { return Ok(None) };
+    if store.data().spec.trace {
+        function = trace::callback(store, name, function);
     }
-    instance.get_typed_func(store, name).map(Some)
+    function.typed(store).map(Some)
 }
 
 impl Callbacks {

@@ -48,6 +48,8 @@ pub(in super::super) struct Spec {
     pub(super) vm: Arc<Vm>,
     pub(super) metrics: Arc<FilterMetrics>,
     pub(super) abi: Abi,
+    /// Host calls and callbacks are told
+    pub(super) trace: bool,
 }
 
 /// Limits where a specification has 0: bytes, milliseconds.
@@ -83,12 +85,13 @@ impl Spec {
             vm,
             metrics,
             abi,
+            trace: false,
         }
     }
 
     /// The same for a throw-away instance: what it shares and counts is seen by nobody.
     pub(super) fn for_trial(&self) -> Self {
-        Self { vm: Vm::alone(), metrics: Arc::new(FilterMetrics::alone(&self.name)), ..self.clone() }
+        Self { vm: Vm::alone(), metrics: Arc::new(FilterMetrics::alone(&self.name)), trace: false, ..self.clone() }
     }
 
     /// What has to be equal in plugins that share an instance.
@@ -294,6 +297,8 @@ pub(super) struct Host {
     pub(super) inbox: Arc<Inbox>,
     /// Values of properties are made here
     pub(super) scratch: Vec<u8>,
+    /// The functions behind those of a trace, by the number of the import; nothing where there is none
+    pub(super) traced: Vec<Option<wasmtime::Func>>,
 }
 
 impl Host {
@@ -320,6 +325,7 @@ impl Host {
             delivery: None,
             inbox: Arc::default(),
             scratch: Vec::new(),
+            traced: Vec::new(),
         }
     }
 

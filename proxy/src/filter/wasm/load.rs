@@ -1,16 +1,18 @@
 //! What a module must look like, checked before anything of it runs.
 
-use wasmtime::{ExternType, InstancePre, Linker, Module, ValType};
+use wasmtime::{ExternType, ImportType, InstancePre, Linker, Module, Store, ValType};
 
 use super::abi::Abi;
 use super::host::Host;
-use super::{calls, wasi};
+use super::{calls, trace, wasi};
 
 /// The functions of every ABI, linked once per process.
 pub(super) struct Linkers {
     all: [(Abi, Linker<Host>); 3],
     /// Functions that do nothing
     hollow: Vec<String>,
+    /// Host calls and callbacks are told
+    pub(super) trace: bool,
 }
 
 impl std::fmt::Debug for Linkers {
@@ -20,7 +22,7 @@ impl std::fmt::Debug for Linkers {
 }
 
 impl Linkers {
-    pub(super) fn new(engine: &wasmtime::Engine, hollow: &[&str]) -> wasmtime::Result<Self> {
+    pub(super) fn new(engine: &wasmtime::Engine, hollow: &[&str], trace: bool) -> wasmtime::Result<Self> {
         let linker = |abi| -> wasmtime::Result<_> {
             let mut linker = Linker::new(engine);
             calls::link(&mut linker, abi)?;
@@ -29,7 +31,7 @@ impl Linkers {
         };
         let [a, b, c] = Abi::ALL;
         let hollow = hollow.iter().map(|name| (*name).to_owned()).collect();
-        Ok(Self { all: [linker(a)?, linker(b)?, linker(c)?], hollow })
+        Ok(Self { all: [linker(a)?, linker(b)?, linker(c)?], hollow, trace })
     }
 
     /// Checks a module's exports and resolves its imports. The error is the user's message.
@@ -42,11 +44,24 @@ impl Linkers {
         } else {
             empty(linker, module, &self.hollow).and_then(|linker| linker.instantiate_pre(module))
         };
-        let pre = pre.map_err(|error| {
-            let version = abi.marker().trim_start_matches("proxy_abi_version_").replace('_', ".");
-            format!("an import of the module is not served in Proxy-Wasm ABI {version}: {error:#}")
+        let mut pre = pre.map_err(|error| {
+            format!("an import of the module is not served in Proxy-Wasm ABI {}: {error:#}", abi.number())
         })?;
+        if self.trace {
+            let traced = trace::imports(linker, module).and_then(|linker| linker.instantiate_pre(module));
+            pre = traced.map_err(|error| format!("the module cannot be traced: {error:#}"))?;
+        }
         Ok((abi, pre))
+    }
+
+    /// True: modules of this ABI may import it, with this type. For those who look; [`Linkers::resolve`] decides.
+    pub(super) fn serves(&self, abi: Abi, store: &mut Store<Host>, import: &ImportType<'_>) -> bool {
+        let linker = self.all.iter().find(|(of, _)| *of == abi).map(|(_, linker)| linker);
+        let found = linker.and_then(|linker| linker.get_by_import(&mut *store, import));
+        match (found.map(|found| found.ty(&*store)), import.ty()) {
+            (Some(ExternType::Func(ours)), ExternType::Func(wanted)) => ours.matches(&wanted),
+            _ => false,
+        }
     }
 }
 
@@ -97,10 +112,14 @@ const CALLBACKS: [(&str, usize, usize); 29] = [
     ("main", 2, 1),
 ];
 
+/// The newest served version of the ABI that the module marks.
+pub(super) fn version(module: &Module) -> Option<Abi> {
+    Abi::ALL.into_iter().rev().find(|abi| matches!(module.get_export(abi.marker()), Some(ExternType::Func(_))))
+}
+
 fn check(module: &Module) -> Result<Abi, String> {
     let exported = |name: &str| module.get_export(name);
-    let abi = Abi::ALL.into_iter().rev().find(|abi| matches!(exported(abi.marker()), Some(ExternType::Func(_))));
-    let Some(abi) = abi else {
+    let Some(abi) = version(module) else {
         let other = module.exports().map(|export| export.name()).find(|name| name.starts_with("proxy_abi_version_"));
         return Err(format!(
             "{}; served are Proxy-Wasm ABI 0.1.0, 0.2.0 and 0.2.1 (an export such as proxy_abi_version_0_2_1)",

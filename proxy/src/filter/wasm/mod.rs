@@ -15,6 +15,7 @@ mod engine;
 mod foreign;
 mod headers;
 mod host;
+mod inspect;
 mod instance;
 mod instances;
 mod load;
@@ -30,9 +31,11 @@ mod stream;
 #[cfg(test)]
 mod tests;
 mod ticker;
+mod trace;
 mod wasi;
 
 pub use cache::compile_main;
+pub use inspect::{Export, Import, Inspection, Memory, Producer, Section, inspect};
 pub use instances::{release_unused, warm};
 pub use outside::{Answer, AnswerBody, CallOut, Outside, connect};
 
@@ -83,12 +86,12 @@ impl std::fmt::Debug for Ready {
 }
 
 impl Runtime {
-    pub(super) fn new(cache: &std::path::Path, hollow: &[&str]) -> Result<Self, FilterError> {
+    pub(super) fn new(cache: &std::path::Path, hollow: &[&str], trace: bool) -> Result<Self, FilterError> {
         let refused = |error: wasmtime::Error| FilterError::Refused(format!("no WebAssembly engine: {error:#}"));
         let engine = engine::engine().map_err(refused)?;
         let ticker = ticker::Ticker::start(&engine)
             .map_err(|error| FilterError::Io("the thread that limits filters' time".into(), error))?;
-        let linkers = load::Linkers::new(&engine, hollow).map_err(refused)?;
+        let linkers = load::Linkers::new(&engine, hollow, trace).map_err(refused)?;
         let cache = Cache::of(cache, &engine);
         Ok(Self { cache, ticker, linkers, engine, vms: Arc::default(), metrics: counting::GuestMetrics::default() })
     }
@@ -109,14 +112,15 @@ impl Runtime {
         let (abi, pre) = self.linkers.resolve(&module).map_err(FilterError::Refused)?;
         let name = format!("{}/{}", source.namespace, source.name);
         let vm = self.vms.join(&source.namespace, &source.vm_id, &source.name);
-        let spec = Arc::new(Spec::of(source, abi, vm, self.metrics.of(&name)));
+        let spec = Spec::of(source, abi, vm, self.metrics.of(&name));
+        let spec = Arc::new(Spec { trace: self.linkers.trace, ..spec });
         let shared = (!spec.vm_id.is_empty()).then(|| spec.vm_key(&source.sha256).into());
         let ready = Ready { pre, ticker: Arc::clone(&self.ticker), spec, interest: interest(&module), shared };
         ready
             .enter(None, &Arc::new(ready.spec.for_trial()), Arc::new(Counters::new(0)))
             // Nobody hears of it, its own end included.
             .map(drop)
-            .map_err(|failure| FilterError::Refused(format!("the filter does not start: {}", failure.message)))?;
+            .map_err(|failure| FilterError::Refused(does_not_start(&failure)))?;
         Ok(ready)
     }
 }
@@ -141,6 +145,10 @@ impl Ready {
         let root = instance.add_root(spec, counters)?;
         Ok(Entered { instance, root })
     }
+}
+
+fn does_not_start(failure: &Failure) -> String {
+    format!("the filter does not start: {}", failure.message)
 }
 
 /// Which callbacks a module has.
