@@ -141,6 +141,7 @@ impl Admin {
                 json!({
                     "name": port.name.to_string(), "port": port.port, "protocol": format!("{:?}", port.protocol),
                     "mtls": format!("{:?}", port.mtls), "filters": port.filters.to_vec(),
+                    "streamFilters": port.stream_filters.to_vec(),
                     "authorization": port.authorization.rules().into_iter().collect::<BTreeMap<_, _>>(),
                 })
             }).collect::<Vec<_>>()

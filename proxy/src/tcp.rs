@@ -1,5 +1,7 @@
 //! Opaque streams: where they go, and whether they may. Their bytes are [`crate::copy`]'s.
 
+mod filtered;
+
 use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -15,7 +17,9 @@ use outrigger_core::link::{AccessLog, Backend, MtlsMode, OutboundTraffic};
 use outrigger_core::outlier::Outcome;
 use outrigger_core::reason::Reason;
 
+use self::filtered::{Facts, Filtered};
 use crate::copy::{Passed, Relay};
+use crate::filter::{Chain, StreamInfo};
 use crate::io::Io;
 use crate::listen::{Inbound, Outbound};
 use crate::log::Entry;
@@ -23,7 +27,7 @@ use crate::metrics::Metric;
 use crate::snapshot;
 use crate::state::Busy;
 use crate::tls::{self, Peer};
-use crate::upstream::{self, Cluster, Label, Opened, Target, Wire};
+use crate::upstream::{self, Cluster, Label, Link, Opened, Target, Wire};
 use crate::worker::Worker;
 
 /// Without a byte in either direction.
@@ -35,10 +39,10 @@ const OUTSIDE_CONNECT: Duration = Duration::from_secs(10);
 const ATTEMPTS: usize = 3;
 
 /// Carries an opaque stream of the own application to where it meant to go.
-pub async fn serve_outbound(io: Io, info: Outbound, worker: Rc<Worker>) {
-    let mut stream = Stream::new(&worker, "outbound", info.client, None);
+pub async fn serve_outbound(mut io: Io, info: Outbound, worker: Rc<Worker>) {
+    let mut stream = Stream::new(&worker, "outbound", (info.client, info.destination), None);
     let placed = match info.destination {
-        Some(destination) => place(&mut stream, &worker, destination).await,
+        Some(destination) => place(&mut stream, &mut io, &worker, destination).await,
         None => Err(Reason::UnknownService),
     };
     let learn = |speaker| {
@@ -52,12 +56,10 @@ pub async fn serve_outbound(io: Io, info: Outbound, worker: Rc<Worker>) {
 }
 
 /// Carries an opaque stream of a caller to the own application, if it may.
-pub async fn serve_inbound(io: Io, info: Inbound, worker: Rc<Worker>) {
-    let mut stream = Stream::new(&worker, "inbound", info.client, info.peer.clone());
-    let placed = match admit(&mut stream, &worker, &info) {
-        Ok(target) => stream.open(&target, None).await.map(|opened| (opened, None)),
-        Err(reason) => Err(reason),
-    };
+pub async fn serve_inbound(mut io: Io, info: Inbound, worker: Rc<Worker>) {
+    let addresses = (info.client, Some(info.app.address));
+    let mut stream = Stream::new(&worker, "inbound", addresses, info.peer.clone());
+    let placed = place_inbound(&mut stream, &mut io, &worker, &info).await;
     stream.carry(io, placed, |_| {}).await;
 }
 
@@ -66,7 +68,10 @@ struct Stream<'a> {
     worker: &'a Rc<Worker>,
     way: &'static str,
     client: SocketAddr,
+    /// Where it meant to go
+    destination: Option<SocketAddr>,
     peer: Option<Arc<Peer>>,
+    filtered: Option<Filtered>,
     service: Arc<str>,
     version: Arc<str>,
     upstream: Option<SocketAddr>,
@@ -82,10 +87,26 @@ struct Stream<'a> {
 /// A connection to the server, and what is held while it lasts.
 type Placed = (Opened, Option<Guard>);
 
-/// Whether a caller may reach the application, and where that is.
-fn admit(stream: &mut Stream<'_>, worker: &Worker, info: &Inbound) -> Result<Target, Reason> {
+async fn place_inbound(
+    stream: &mut Stream<'_>,
+    client: &mut Io,
+    worker: &Worker,
+    info: &Inbound,
+) -> Result<Placed, Reason> {
     let snapshot = worker.snapshot();
-    stream.pin(&snapshot);
+    let (target, filters) = admit(stream, worker, info, &snapshot)?;
+    stream.enter(client, &snapshot, &filters).await?;
+    Ok((stream.open(&target, None).await?, None))
+}
+
+/// Whether a caller may reach the application, where that is, and the filters on the way.
+fn admit(
+    stream: &mut Stream<'_>,
+    worker: &Worker,
+    info: &Inbound,
+    snapshot: &snapshot::Snapshot,
+) -> Result<(Target, Arc<[String]>), Reason> {
+    stream.pin(snapshot);
     let inbound = snapshot.inbound.as_ref().ok_or(Reason::DiscoveryUnavailable)?;
     let port = inbound.port(info.app.address.port()).ok_or(Reason::UnknownPort)?;
     stream.service = match port.services.first() {
@@ -101,17 +122,24 @@ fn admit(stream: &mut Stream<'_>, worker: &Worker, info: &Inbound) -> Result<Tar
     let decision = if verdict.outcome.is_ok() { "allow" } else { "deny" };
     worker.metrics.add(Metric::Authorization, &[decision, verdict.rule.unwrap_or("default")], 1);
     verdict.outcome?;
-    Ok(Target::plain(info.app.address, Wire::Tcp, CONNECT_TIMEOUT, IDLE, Label::inbound(&stream.service)))
+    let target = Target::plain(info.app.address, Wire::Tcp, CONNECT_TIMEOUT, IDLE, Label::inbound(&stream.service));
+    Ok((target, port.stream_filters.clone()))
 }
 
 /// Connects to what the application meant.
-async fn place(stream: &mut Stream<'_>, worker: &Rc<Worker>, destination: SocketAddr) -> Result<Placed, Reason> {
+async fn place(
+    stream: &mut Stream<'_>,
+    client: &mut Io,
+    worker: &Rc<Worker>,
+    destination: SocketAddr,
+) -> Result<Placed, Reason> {
     let (snapshot, target) = worker.find(&Key::Ip(destination)).await?;
     stream.pin(&snapshot);
     let target = match target {
         snapshot::Target::Service(service) => {
             stream.service = service.label.clone();
             let port = service.port(Some(destination.port())).ok_or(Reason::UnknownPort)?;
+            stream.enter(client, &snapshot, &port.stream_filters).await?;
             let share = port.implicit.backends.first().ok_or(Reason::NoBackend)?;
             let backend = share.backend.as_ref().map_err(|_| Reason::NoBackend)?;
             return routed(stream, worker, backend).await;
@@ -178,12 +206,19 @@ fn report(worker: &Worker, cluster: &Cluster, backend: &Backend, guard: &Guard, 
 }
 
 impl<'a> Stream<'a> {
-    fn new(worker: &'a Rc<Worker>, way: &'static str, client: SocketAddr, peer: Option<Arc<Peer>>) -> Self {
+    fn new(
+        worker: &'a Rc<Worker>,
+        way: &'static str,
+        (client, destination): (SocketAddr, Option<SocketAddr>),
+        peer: Option<Arc<Peer>>,
+    ) -> Self {
         Self {
             worker,
             way,
             client,
+            destination,
             peer,
+            filtered: None,
             service: worker.labels.unknown.clone(),
             version: worker.labels.unknown.clone(),
             upstream: None,
@@ -199,6 +234,26 @@ impl<'a> Stream<'a> {
 
     fn pin(&mut self, snapshot: &snapshot::Snapshot) {
         self.access_log = snapshot.mesh.as_ref().map_or(AccessLog::Errors, |mesh| mesh.access_log);
+    }
+
+    /// Lets the connection through the filters of these keys, as far as it is theirs to let in.
+    async fn enter(&mut self, client: &mut Io, snapshot: &snapshot::Snapshot, keys: &[String]) -> Result<(), Reason> {
+        if keys.is_empty() {
+            return Ok(());
+        }
+        let filters = snapshot.filters(keys).map_err(|name| {
+            self.detail = format!("filter {name} is not ready");
+            Reason::FilterFailed
+        })?;
+        let addresses = (self.client, self.destination);
+        let facts = Facts::new(self.worker, self.way == "inbound", addresses, self.peer.clone());
+        let mut info = StreamInfo::new(Rc::new(facts), self.start);
+        info.service = Some(self.service.clone());
+        let filtered = self.filtered.insert(Filtered::new(Chain::tcp(filters, info)));
+        Box::pin(filtered.admit(client, IDLE)).await.map_err(|(reason, detail)| {
+            self.detail = detail;
+            reason
+        })
     }
 
     async fn open(&mut self, target: &Target, permit: Option<Permit>) -> Result<Opened, Reason> {
@@ -222,18 +277,47 @@ impl<'a> Stream<'a> {
         };
         let Opened { io: server, link } = server;
         let _open = self.worker.metrics.hold(Metric::TcpOpen, &[self.way]);
-        let store = &self.worker.proxy.identity;
-        let mut relay = Relay::new(client, server, IDLE, heard);
-        tokio::select! {
-            ended = &mut relay => if let Err(error) = ended {
-                self.detail = error.to_string();
-            },
-            () = self.worker.drain.cut() => self.reason = Some(Reason::Draining),
-            _why = tls::cut(self.peer.as_deref(), store) => self.reason = Some(Reason::PeerIdentity),
-            _why = tls::cut(link.peer(), store) => self.reason = Some(Reason::PeerIdentity),
+        let cut = cut(self.worker, self.peer.as_deref(), &link);
+        match &mut self.filtered {
+            None => {
+                let mut relay = Relay::new(client, server, IDLE, heard);
+                tokio::select! {
+                    ended = &mut relay => if let Err(error) = ended {
+                        self.detail = error.to_string();
+                    },
+                    reason = cut => self.reason = Some(reason),
+                }
+                self.passed = relay.passed();
+            }
+            Some(filtered) => {
+                filtered.connected_to(self.upstream);
+                tokio::select! {
+                    ended = Box::pin(filtered.carry(client, server, IDLE, heard)) => match ended {
+                        Ok(None) => {}
+                        Ok(Some(stop)) => {
+                            let (reason, detail) = filtered::reason(stop);
+                            self.reason = Some(reason);
+                            self.detail = detail;
+                        }
+                        Err(error) => self.detail = error.to_string(),
+                    },
+                    reason = cut => self.reason = Some(reason),
+                }
+                self.passed = filtered.passed();
+            }
         }
-        self.passed = relay.passed();
+        self.filtered = None;
         drop(guard);
+    }
+}
+
+/// What ends a stream that has not ended by itself.
+async fn cut(worker: &Worker, peer: Option<&Peer>, link: &Link) -> Reason {
+    let store = &worker.proxy.identity;
+    tokio::select! {
+        () = worker.drain.cut() => Reason::Draining,
+        _why = tls::cut(peer, store) => Reason::PeerIdentity,
+        _why = tls::cut(link.peer(), store) => Reason::PeerIdentity,
     }
 }
 

@@ -133,6 +133,50 @@ fn an_outbound_filter_acts_at_the_caller() {
 }
 
 #[test]
+fn a_rules_filters_run_for_its_requests_only_among_those_of_the_service() {
+    let mesh = Filtered::start();
+    for name in ["service", "rule", "named"] {
+        mesh.module(&format!("{name}.wasm"), &Guest::adds("0_2_1", "x-passed", name));
+    }
+    let route = "apiVersion: gateway.networking.k8s.io/v1\nkind: HTTPRoute\nmetadata: {name: reviews, namespace: demo}\nspec:\n  \
+                 parentRefs: [{group: \"\", kind: Service, name: reviews}]\n  rules:\n  \
+                 - {name: canary, matches: [{path: {type: PathPrefix, value: /canary}}], backendRefs: [{name: reviews, port: 80}],\n     \
+                 filters: [{type: ExtensionRef, extensionRef: {group: outrigger.dev, kind: WasmFilter, name: named}}]}\n  \
+                 - {name: rest, backendRefs: [{name: reviews, port: 80}]}\n";
+    let filter = |name: &str, spec: &str| {
+        format!(
+            "---\napiVersion: outrigger.dev/v1alpha1\nkind: WasmFilter\nmetadata: {{name: {name}, namespace: demo}}\n\
+             spec: {{module: {{file: {name}.wasm}}, {spec}}}\n"
+        )
+    };
+    let targets =
+        "targetRefs: [{group: gateway.networking.k8s.io, kind: HTTPRoute, name: reviews, sectionName: canary}]";
+    let service = "direction: Outbound, order: 5, targetRefs: [{group: '', kind: Service, name: reviews}]";
+    let yaml = [
+        route.to_owned(),
+        filter("service", service),
+        filter("rule", &format!("order: 9, {targets}")),
+        filter("named", "order: 1"),
+    ];
+    mesh.mesh.write("routed.yaml", &yaml.concat());
+    let passed = |path: &str| {
+        let response = mesh.get(path);
+        let values = response.headers.iter().filter(|(name, _)| name == "x-passed");
+        values.map(|(_, value)| value.clone()).collect::<Vec<_>>()
+    };
+    // Last in the request's order is first in the response's.
+    until("all of them serve", || (passed("/canary/x") == ["rule", "service", "named"]).then_some(()));
+    assert_eq!(passed("/other"), ["service"]);
+
+    let gone = yaml[..3].concat();
+    mesh.mesh.write("routed.yaml", &gone);
+    until("a filter that is named and not there fails the rule's requests", || {
+        (mesh.get("/canary/x").reason() == Some("filter-failed")).then_some(())
+    });
+    assert_eq!(passed("/other"), ["service"], "and no others");
+}
+
+#[test]
 fn filters_of_both_abis_run_in_order_and_back() {
     let mesh = Filtered::start();
     mesh.module("a.wasm", &Guest::adds("0_2_0", "x-order", "first"));

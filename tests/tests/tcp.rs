@@ -101,3 +101,35 @@ fn a_strict_port_takes_no_plaintext() {
     until("a stranger may not", || (!mesh.stranger_may()).then_some(()));
     assert!(mesh.web_may());
 }
+
+#[test]
+fn a_tcp_filter_tells_protocols_apart_and_closes_what_is_not_allowed() {
+    let setup = start();
+    std::fs::copy(outrigger_e2e::example_filter("sniff"), setup.mesh.path("config/sniff.wasm")).unwrap();
+    setup.mesh.write(
+        "filters.yaml",
+        "apiVersion: outrigger.dev/v1alpha1\nkind: WasmFilter\nmetadata: {name: sniff, namespace: demo}\n\
+         spec:\n  selector: {matchLabels: {app: database}}\n  protocol: Tcp\n  module: {file: sniff.wasm}\n  \
+         configuration: {allow: [redis]}\n",
+    );
+    let talk = |said: &[u8]| {
+        let stream = setup.lan.host(1).connect("10.96.0.10:80".parse().unwrap()).unwrap();
+        let mut raw = Raw::new(stream);
+        raw.send(said);
+        let greeting = raw.try_exactly(7)?;
+        Some((greeting, raw.try_exactly(said.len())?))
+    };
+    until("the filter closes what is not redis", || talk(b"GET / HTTP/1.1\r\n\r\n").is_none().then_some(()));
+    let (greeting, echo) = talk(b"*1\r\n$4\r\nPING\r\n").expect("redis is allowed");
+    assert_eq!((greeting.as_slice(), echo.as_slice()), (b"hello\r\n".as_slice(), b"*1\r\n$4\r\nPING\r\n".as_slice()));
+    let metrics = setup.database.metrics();
+    let counted =
+        |name: &str| metrics.sum("outrigger_filter_counter_total", &[("filter", "demo/sniff"), ("name", name)]);
+    assert!(counted("sniffed_redis") > 0.0 && counted("sniffed_http1") > 0.0);
+    assert!(
+        metrics.sum("outrigger_tcp_connections_total", &[("direction", "inbound"), ("reason", "filter-response")])
+            > 0.0
+    );
+    setup.mesh.write("filters.yaml", "");
+    until("without the filter anything passes again", || talk(b"GET / HTTP/1.1\r\n\r\n").map(drop));
+}

@@ -35,12 +35,16 @@ pub(super) struct Attach {
     /// A file to push, the digest of a pushed module, or oci://REGISTRY/REPOSITORY@sha256:DIGEST
     #[arg(long, value_name = "FILE|SHA256|oci://…")]
     module: String,
-    /// What it stands before: service/NAME, or namespace/NAME for everything in it; may be repeated
+    /// What it stands before: service/NAME, namespace/NAME for everything in it, or httproute/NAME[/RULE] and grpcroute/NAME[/RULE];
+    /// may be repeated
     #[arg(long = "to", value_name = "KIND/NAME", required = true, value_parser = target)]
     to: Vec<Target>,
-    /// Inbound (at the service's own proxies) or Outbound (at its callers')
-    #[arg(long, default_value = "Inbound", value_parser = ["Inbound", "Outbound"])]
-    direction: String,
+    /// Inbound (at the service's own proxies, the default) or Outbound (at its callers', as a route's are)
+    #[arg(long, value_parser = ["Inbound", "Outbound"])]
+    direction: Option<String>,
+    /// What it filters: Http or Tcp (opaque connections)
+    #[arg(long, default_value = "Http", value_parser = ["Http", "Tcp"])]
+    protocol: String,
     /// Lower runs first on the request, last on the response
     #[arg(long, default_value_t = 0, allow_negative_numbers = true)]
     order: i32,
@@ -79,16 +83,28 @@ pub(super) struct Detach {
 
 #[derive(Debug, Clone)]
 struct Target {
+    group: &'static str,
     kind: &'static str,
     name: String,
+    rule: Option<String>,
 }
 
 fn target(text: &str) -> Result<Target, String> {
-    match text.split_once('/') {
-        Some(("service", name)) if !name.is_empty() => Ok(Target { kind: "Service", name: name.to_owned() }),
-        Some(("namespace", name)) if !name.is_empty() => Ok(Target { kind: "Namespace", name: name.to_owned() }),
-        _ => Err(format!("`{text}` is neither service/NAME nor namespace/NAME")),
+    let wrong =
+        || format!("`{text}` is none of service/NAME, namespace/NAME, httproute/NAME[/RULE], grpcroute/NAME[/RULE]");
+    let (kind, name) = text.split_once('/').filter(|(_, name)| !name.is_empty()).ok_or_else(wrong)?;
+    let (name, rule) = name.split_once('/').map_or((name, None), |(name, rule)| (name, Some(rule.to_owned())));
+    let (group, kind) = match kind {
+        "service" => ("", "Service"),
+        "namespace" => ("", "Namespace"),
+        "httproute" => ("gateway.networking.k8s.io", "HTTPRoute"),
+        "grpcroute" => ("gateway.networking.k8s.io", "GRPCRoute"),
+        _ => return Err(wrong()),
+    };
+    if group.is_empty() && rule.is_some() {
+        return Err(wrong());
     }
+    Ok(Target { group, kind, name: name.to_owned(), rule })
 }
 
 fn pair(text: &str) -> Result<(String, String), String> {
@@ -173,14 +189,23 @@ fn module(text: &str, control: &Control, token: &str) -> anyhow::Result<Value> {
 }
 
 fn spec(args: &Attach, module: &Value) -> anyhow::Result<Value> {
-    let refs = args.to.iter().map(|target| json!({ "group": "", "kind": target.kind, "name": target.name }));
+    let refs = args.to.iter().map(|target| {
+        let mut target_ref = json!({ "group": target.group, "kind": target.kind, "name": target.name });
+        if let Some(rule) = &target.rule {
+            target_ref["sectionName"] = json!(rule);
+        }
+        target_ref
+    });
     let mut spec = json!({
         "targetRefs": refs.collect::<Vec<_>>(),
-        "direction": args.direction,
+        "protocol": args.protocol,
         "order": args.order,
         "module": module,
         "failurePolicy": args.failure_policy,
     });
+    if let Some(direction) = &args.direction {
+        spec["direction"] = json!(direction);
+    }
     if let Some(text) = &args.configuration {
         let text = match text.strip_prefix('@') {
             Some(file) => std::fs::read_to_string(file).with_context(|| format!("--configuration {text}"))?,
@@ -220,7 +245,9 @@ mod tests {
     fn targets_and_pairs() {
         assert_eq!(target("service/reviews").unwrap().kind, "Service");
         assert_eq!(target("namespace/demo").unwrap().name, "demo");
-        for bad in ["reviews", "service/", "pod/a"] {
+        let route = target("httproute/reviews/canary").unwrap();
+        assert_eq!((route.kind, route.name.as_str(), route.rule.as_deref()), ("HTTPRoute", "reviews", Some("canary")));
+        for bad in ["reviews", "service/", "pod/a", "service/a/b"] {
             assert!(target(bad).is_err(), "{bad}");
         }
         assert_eq!(pair("authz=ext-authz.demo:80").unwrap().1, "ext-authz.demo:80");

@@ -308,6 +308,59 @@ fn routes_are_rejected_with_line_field_and_remedy() {
 }
 
 #[test]
+fn filters_that_stand_nowhere_are_rejected() {
+    let wasm = |spec: &str| ours("WasmFilter", &format!("  module: {{file: a.wasm}}\n{spec}"));
+    let route = "{group: gateway.networking.k8s.io, kind: HTTPRoute, name: r}";
+    let reference = |text: &str| http_route(&format!("  - filters:\n    - type: ExtensionRef\n      {text}"));
+    check([
+        (
+            wasm(&format!("  direction: Inbound\n  targetRefs: [{route}]")),
+            7,
+            "spec.targetRefs[0].kind",
+            "a route's filters run at the caller; write `direction: Outbound`, or name the Service",
+        ),
+        (
+            wasm("  direction: Outbound\n  selector: {matchLabels: {a: b}}"),
+            6,
+            "spec.direction",
+            "a selector is for the filters of what comes to a workload; leave it out, or name a Service or route in targetRefs",
+        ),
+        (
+            wasm(&format!("  protocol: Tcp\n  targetRefs: [{route}]")),
+            6,
+            "spec.protocol",
+            "routes are for HTTP; a Tcp filter has a Service, a Namespace or a selector",
+        ),
+        (
+            wasm("  selector: {matchLabels: {a: b}}\n  targetRefs: [{kind: Service, name: a}]"),
+            6,
+            "spec.selector",
+            "excludes targetRefs; remove one of them",
+        ),
+        (
+            reference("extensionRef: {group: example.com, kind: WasmFilter, name: f}"),
+            9,
+            "spec.rules[0].filters[0].extensionRef.group",
+            "`example.com` is not a group of filters; write outrigger.dev",
+        ),
+        (
+            reference("extensionRef: {group: outrigger.dev, kind: HttpFilter, name: f}"),
+            9,
+            "spec.rules[0].filters[0].extensionRef.kind",
+            "HttpFilter is not supported yet; WasmFilter is",
+        ),
+        (
+            http_route(
+                "  - backendRefs:\n    - name: a\n      port: 80\n      filters: [{type: ExtensionRef, extensionRef: {group: outrigger.dev, kind: WasmFilter, name: f}}]",
+            ),
+            10,
+            "spec.rules[0].backendRefs[0].filters[0].type",
+            "ExtensionRef on a backendRef is not supported yet; put it on the rule",
+        ),
+    ]);
+}
+
+#[test]
 fn a_rejection_reads_as_one_line() {
     let rejection = only_rejection(&ours("MtlsPolicy", "  mode: Strickt"));
     assert_eq!(

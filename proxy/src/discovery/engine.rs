@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use outrigger_core::balance::EndpointInfo;
 use outrigger_core::key::{Key, ServiceKey};
-use outrigger_core::link::{self, Backend, Inbound, Mesh, Service};
+use outrigger_core::link::{self, Backend, Inbound, InboundPort, Mesh, Port, Service};
 use outrigger_proto::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Resource};
 use outrigger_proto::mesh as wire;
 use prost::Message;
@@ -369,9 +369,9 @@ impl Engine {
     }
 
     fn service_ready(&self, pending: &Pending<Service>, now: Instant) -> bool {
-        let filters = pending.linked.ports.iter().flat_map(|port| port.filters.iter());
+        let mut filters = pending.linked.ports.iter().flat_map(Port::every_filter);
         let mut endpoints = pending.linked.backends.iter().flat_map(|backend| shards(backend));
-        filters.into_iter().all(|key| self.filter_answered(key))
+        filters.all(|key| self.filter_answered(key))
             && (now >= pending.since + ENDPOINTS_WAIT
                 || endpoints.all(|name| self.subscriptions.answered(Kind::Endpoints, &name)))
     }
@@ -385,7 +385,7 @@ impl Engine {
     fn install_inbound(&mut self) {
         let Some(pending) = &self.pending_inbound else { return };
         let ready =
-            pending.linked.ports.iter().flat_map(|port| port.filters.iter()).all(|key| self.filter_answered(key));
+            pending.linked.ports.iter().flat_map(InboundPort::every_filter).all(|key| self.filter_answered(key));
         if !ready {
             let mixed =
                 self.inbound.as_ref().filter(|_| !self.mixed).and_then(|old| with_filters(&pending.resource, old));
@@ -412,8 +412,8 @@ impl Engine {
             services().flat_map(|service| service.backends.iter().flat_map(|backend| shards(backend))).collect();
         let inbound = self.inbound.iter().chain(self.pending_inbound.iter().map(|pending| &pending.linked));
         let filters: BTreeSet<String> = services()
-            .flat_map(|service| service.ports.iter().flat_map(|port| port.filters.iter().cloned()))
-            .chain(inbound.flat_map(|inbound| inbound.ports.iter().flat_map(|port| port.filters.iter().cloned())))
+            .flat_map(|service| service.ports.iter().flat_map(Port::every_filter).cloned())
+            .chain(inbound.flat_map(|inbound| inbound.ports.iter().flat_map(InboundPort::every_filter).cloned()))
             .collect();
         self.subscriptions.set(Kind::Endpoints, &endpoints);
         self.subscriptions.set(Kind::Filter, &filters);
@@ -506,6 +506,7 @@ fn with_filters(resource: &Resource, old: &Inbound) -> Option<Inbound> {
     for port in &mut mixed.ports {
         if let Some(old) = old.port(port.port) {
             port.filters = old.filters.clone();
+            port.stream_filters = old.stream_filters.clone();
         }
     }
     Some(mixed)

@@ -57,6 +57,7 @@ impl std::fmt::Debug for Chain {
 struct Inner {
     stream: Rc<Stream>,
     count: usize,
+    tcp: bool,
     state: RefCell<State>,
 }
 
@@ -116,14 +117,14 @@ impl Chain {
     }
 
     /// A chain for an opaque connection.
-    pub fn tcp(plugins: &[Arc<Plugin>], info: StreamInfo) -> Self {
-        Self::make(plugins.iter().map(Plugin::filter).collect(), info, true)
+    pub fn tcp(filters: Vec<Box<dyn Filter>>, info: StreamInfo) -> Self {
+        Self::make(filters, info, true)
     }
 
     fn make(filters: Vec<Box<dyn Filter>>, info: StreamInfo, tcp: bool) -> Self {
         let count = filters.len();
         let stream = Rc::new(Stream::new(filters, info, tcp));
-        Self(Rc::new(Inner { stream, count, state: RefCell::default() }))
+        Self(Rc::new(Inner { stream, count, tcp, state: RefCell::default() }))
     }
 
     /// Facts that become known later (upstream, route).

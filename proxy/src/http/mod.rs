@@ -95,10 +95,15 @@ pub(crate) struct Connection {
 /// A destination, and the port that was written with it.
 type Asked = (Key, Option<u16>);
 
+/// The number of a client's connection, unique in this process.
+pub(crate) fn connection_id() -> u64 {
+    static NEXT: AtomicU64 = AtomicU64::new(1);
+    NEXT.fetch_add(1, Ordering::Relaxed)
+}
+
 impl Connection {
     fn new(info: ConnectionInfo, version: Version, worker: Rc<Worker>) -> Self {
-        static NEXT: AtomicU64 = AtomicU64::new(1);
-        let id = NEXT.fetch_add(1, Ordering::Relaxed);
+        let id = connection_id();
         Self {
             info,
             version,

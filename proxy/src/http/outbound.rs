@@ -198,7 +198,7 @@ enum Filtered {
     Answer(Answer),
 }
 
-/// Runs the filters of the service's port. They are told the rule that would be used of what the application wrote.
+/// Runs the filters of the service's port and of the rule. They are told the rule that would be used of what the application wrote.
 async fn filtered(
     x: &mut Exchange,
     place: &Place,
@@ -207,13 +207,18 @@ async fn filtered(
 ) -> Result<Filtered, Failure> {
     let snapshot::Target::Service(service) = &place.target else { return Ok(Filtered::Unchanged) };
     let port = enter(x, service, place.port())?;
-    if port.filters.is_empty() {
+    if !port.filtered {
         return Ok(Filtered::Unchanged);
     }
-    if let Some(selected) = select(port, &inc.head, canonical) {
+    let selected = select(port, &inc.head, canonical);
+    if let Some(selected) = &selected {
         x.select(selected.rule);
     }
-    x.chain(&place.snapshot, &port.filters)?;
+    let keys = port.chain(selected.as_ref().map(|selected| &**selected.rule));
+    if keys.is_empty() {
+        return Ok(Filtered::Unchanged);
+    }
+    x.chain(&place.snapshot, keys)?;
     let before = Judged::of(&inc.head);
     Ok(match x.filter_request(inc).await? {
         Some(answer) => Filtered::Answer(answer),

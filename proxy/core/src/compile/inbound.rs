@@ -8,7 +8,7 @@ use super::index::Filter;
 use super::instance::{Instance, identity, selects};
 use super::{Catalog, Client};
 use crate::key::ServiceKey;
-use crate::resource::{Action, Closed, PortProtocol, Target};
+use crate::resource::{Action, Closed, PortProtocol, ResourceId, Rule, Target};
 
 impl Catalog {
     pub(super) fn own(&self, client: &Client) -> Option<mesh::Self_> {
@@ -29,7 +29,8 @@ impl Catalog {
                 protocol: protocol.wire().into(),
                 mtls: self.mtls_mode(instance, port.port).into(),
                 authorization: Some(authorization.clone()),
-                filters: self.filters_on(namespace, false, |name| services.iter().any(|service| service.name == name)),
+                filters: keys(self.inbound_filters(instance, &services, false)),
+                stream_filters: keys(self.inbound_filters(instance, &services, true)),
                 services: services.iter().map(ToString::to_string).collect(),
             }
         });
@@ -114,32 +115,75 @@ impl Catalog {
         merged
     }
 
-    pub(super) fn outbound_filters(&self, key: &ServiceKey) -> Vec<String> {
-        self.filters_on(&key.namespace, true, |name| name == key.name)
+    fn inbound_filters(&self, instance: &Instance, services: &[ServiceKey], tcp: bool) -> Ordered {
+        self.filters_where(&instance.namespace, |_, filter| {
+            let spec = &filter.spec;
+            let target = |target: &Target| match target {
+                Target::Namespace => true,
+                Target::Service(name) => services.iter().any(|service| service.name == *name),
+                Target::Route { .. } => false,
+            };
+            let selected = spec.selector.as_ref().is_some_and(|selector| selects(selector, &instance.labels));
+            !spec.outbound && spec.tcp == tcp && (selected || spec.targets.iter().any(target))
+        })
     }
 
-    /// Keys of the filters of a namespace that are attached to it or to one of these Services, in their order. A
-    /// FailOpen filter without its module is left out; a FailClosed one is not, and what it guards fails.
-    fn filters_on(&self, namespace: &str, outbound: bool, service: impl Fn(&str) -> bool) -> Vec<String> {
-        let attached = |filter: &Filter| {
-            filter.spec.targets.iter().any(|target| match target {
+    /// Those that every request (or opaque connection) to a Service meets at the caller.
+    pub(super) fn outbound_filters(&self, key: &ServiceKey, tcp: bool) -> Ordered {
+        self.filters_where(&key.namespace, |_, filter| {
+            let target = |target: &Target| match target {
                 Target::Namespace => true,
-                Target::Service(name) => service(name),
+                Target::Service(name) => *name == key.name,
                 Target::Route { .. } => false,
-            })
+            };
+            filter.spec.outbound && filter.spec.tcp == tcp && filter.spec.targets.iter().any(target)
+        })
+    }
+
+    /// Those that the requests of a route's rule meet: of the Service, those that target the route, and those that the rule
+    /// names. `None`: no others than those of the Service.
+    pub(super) fn rule_filters(
+        &self,
+        of_service: &Ordered,
+        (grpc, id): (bool, &ResourceId),
+        rule: &Rule,
+    ) -> Option<Ordered> {
+        let target = |target: &Target| match target {
+            Target::Route { grpc: of, name, rule: only } => {
+                *of == grpc && *name == id.name && (only.is_none() || *only == rule.name)
+            }
+            Target::Namespace | Target::Service(_) => false,
         };
+        let mut own = self.filters_where(&id.namespace, |name, filter| {
+            let named = !filter.spec.tcp && rule.extensions.iter().any(|named| named == name);
+            named || filter.spec.targets.iter().any(target)
+        });
+        // What is named and not there must not be passed over (Gateway API): its absence fails the request.
+        let absent = rule.extensions.iter().filter(|name| !self.has_http_filter(&id.namespace, name));
+        own.extend(absent.map(|name| (i32::MIN, format!("filter/{}/{name}", id.namespace))));
+        if own.is_empty() {
+            return None;
+        }
+        own.extend(of_service.iter().cloned());
+        Some(own)
+    }
+
+    pub(super) fn has_http_filter(&self, namespace: &str, name: &str) -> bool {
+        self.policies.filters.get(&(namespace.to_owned(), name.to_owned())).is_some_and(|filter| !filter.spec.tcp)
+    }
+
+    /// The filters of a namespace that are attached. A FailOpen filter without its module is left out; a FailClosed one is not,
+    /// and what it guards fails.
+    fn filters_where(&self, namespace: &str, attached: impl Fn(&str, &Filter) -> bool) -> Ordered {
         let first = (namespace.to_owned(), String::new());
-        let mut found: Vec<_> = self
-            .policies
+        self.policies
             .filters
             .range(first..)
             .take_while(|((of, _), _)| of == namespace)
-            .filter(|(_, filter)| filter.spec.outbound == outbound && attached(filter))
+            .filter(|((_, name), filter)| attached(name, filter))
             .filter(|(_, filter)| filter.module.is_some() || !filter.spec.fail_open)
-            .map(|((_, name), filter)| (filter.spec.order, name))
-            .collect();
-        found.sort_unstable();
-        found.into_iter().map(|(_, name)| format!("filter/{namespace}/{name}")).collect()
+            .map(|((_, name), filter)| (filter.spec.order, format!("filter/{namespace}/{name}")))
+            .collect()
     }
 
     pub(super) fn filter(&self, namespace: &str, name: &str) -> Option<mesh::Filter> {
@@ -171,6 +215,16 @@ impl Catalog {
                 .collect(),
         })
     }
+}
+
+/// Keys of filters with the `order` of each.
+pub(super) type Ordered = Vec<(i32, String)>;
+
+/// The keys in the order in which a request meets the filters, each once.
+pub(super) fn keys(mut filters: Ordered) -> Vec<String> {
+    filters.sort_unstable();
+    filters.dedup();
+    filters.into_iter().map(|(_, key)| key).collect()
 }
 
 fn upstream(service: &ServiceKey, port: Option<u16>) -> mesh::filter::Upstream {

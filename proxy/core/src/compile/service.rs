@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use outrigger_proto::mesh;
 
 use super::Catalog;
+use super::inbound::{Ordered, keys};
 use super::index::Attached;
 use super::instance::shard_count;
 use super::policy::{cluster_policy, route_policy};
@@ -26,12 +27,13 @@ impl Catalog {
     pub(super) fn service(&self, key: &ServiceKey, client_namespace: &str) -> Option<mesh::Service> {
         let service = self.find_service(key)?;
         let settings = self.service_settings(key);
-        let filters = self.outbound_filters(key);
+        let (filters, stream_filters) = (self.outbound_filters(key, false), self.outbound_filters(key, true));
         let mut backends = Backends::new();
         let mut ports = Vec::with_capacity(service.ports.len());
         for port in &service.ports {
             let attached = self.attached(key, port, client_namespace);
-            let routes = (!attached.is_empty()).then(|| self.http_routes(&attached, &settings, &mut backends));
+            let of_service = (&settings, &filters);
+            let routes = (!attached.is_empty()).then(|| self.http_routes(&attached, of_service, &mut backends));
             ports.push(mesh::ServicePort {
                 port: u32::from(port.port),
                 name: port.name.clone(),
@@ -39,7 +41,8 @@ impl Catalog {
                 routes,
                 backend: self.backend(key, service, port, &mut backends),
                 policy: Some(route_policy(&settings)),
-                filters: filters.clone(),
+                filters: keys(filters.clone()),
+                stream_filters: keys(stream_filters.clone()),
             });
         }
         Some(mesh::Service {
@@ -81,7 +84,12 @@ impl Catalog {
         chosen.into_iter().map(|(attached, _)| attached).collect()
     }
 
-    fn http_routes(&self, attached: &[&Attached], of_service: &Settings, backends: &mut Backends) -> mesh::HttpRoutes {
+    fn http_routes(
+        &self,
+        attached: &[&Attached],
+        (settings, chain): (&Settings, &Ordered),
+        backends: &mut Backends,
+    ) -> mesh::HttpRoutes {
         let mut rules = Vec::new();
         let mut matches = Vec::new();
         for attached in attached {
@@ -94,7 +102,7 @@ impl Catalog {
                     let precedence = (Reverse(one.rank), attached.age, &id.namespace, &id.name, index, order);
                     matches.push((precedence, wire));
                 }
-                let settings = self.rule_settings(of_service, route.grpc, &id.namespace, &id.name, rule);
+                let settings = self.rule_settings(settings, route.grpc, &id.namespace, &id.name, rule);
                 let rule_name = rule.name.clone().unwrap_or_else(|| index.to_string());
                 rules.push(mesh::HttpRule {
                     name: format!("{}/{}/{rule_name}", id.namespace, id.name),
@@ -102,6 +110,7 @@ impl Catalog {
                     backends: rule.backends.iter().map(|backend| self.weighted(backend, backends)).collect(),
                     policy: Some(route_policy(&settings)),
                     grpc: route.grpc,
+                    wasm: self.rule_filters(chain, (route.grpc, id), rule).map(keys).unwrap_or_default(),
                 });
             }
         }

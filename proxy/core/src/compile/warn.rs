@@ -35,6 +35,12 @@ impl Catalog {
             match &loaded.resource {
                 Resource::Route(route) => {
                     for (index, rule) in route.rules.iter().enumerate() {
+                        let namespace = &loaded.id.namespace;
+                        for name in rule.extensions.iter().filter(|name| !self.has_http_filter(namespace, name)) {
+                            let reason =
+                                format!("there is no WasmFilter {namespace}/{name} for HTTP; the rule's requests fail");
+                            warnings.push(rejection(loaded, &format!("spec.rules[{index}].filters"), reason));
+                        }
                         for (backend, reference) in rule.backends.iter().enumerate() {
                             if let Some(reason) = self.invalid_backend(reference) {
                                 let field = format!("spec.rules[{index}].backendRefs[{backend}]");

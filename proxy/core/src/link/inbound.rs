@@ -31,10 +31,19 @@ pub struct InboundPort {
     pub mtls: MtlsMode,
     /// Who may call
     pub authorization: Authorization,
-    /// Filter keys in the order of the request
+    /// Keys of the filters of HTTP in the order of the request
     pub filters: Arc<[String]>,
+    /// Of opaque connections
+    pub stream_filters: Arc<[String]>,
     /// Services that select this port, `<namespace>/<name>`
     pub services: Arc<[Arc<str>]>,
+}
+
+impl InboundPort {
+    /// Keys of all its filters.
+    pub fn every_filter(&self) -> impl Iterator<Item = &String> {
+        self.filters.iter().chain(self.stream_filters.iter())
+    }
 }
 
 impl Inbound {
@@ -68,6 +77,7 @@ fn inbound_port(wire: &wire::SelfPort) -> Result<InboundPort, LinkError> {
             None => Authorization::default(),
         },
         filters: wire.filters.as_slice().into(),
+        stream_filters: wire.stream_filters.as_slice().into(),
         services: wire.services.iter().map(|name| name.as_str().into()).collect(),
     })
 }

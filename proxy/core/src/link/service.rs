@@ -52,8 +52,28 @@ pub struct Port {
     pub routes: Option<RouteTable>,
     /// Implicit routing, and TCP
     pub implicit: Arc<Rule>,
-    /// Keys of the outbound filters in the order of the request
+    /// Keys of the outbound filters of HTTP in the order of the request
     pub filters: Arc<[String]>,
+    /// Of opaque connections
+    pub stream_filters: Arc<[String]>,
+    /// Some request meets a filter
+    pub filtered: bool,
+}
+
+impl Port {
+    /// Keys of the filters that a request of this rule meets, in its order.
+    pub fn chain<'a>(&'a self, rule: Option<&'a Rule>) -> &'a [String] {
+        rule.and_then(|rule| rule.wasm.as_deref()).unwrap_or(&self.filters)
+    }
+
+    /// Keys of all its filters, those of its rules too; some more than once.
+    pub fn every_filter(&self) -> impl Iterator<Item = &String> {
+        let rules = self.routes.iter().flat_map(|table| &table.rules);
+        self.filters
+            .iter()
+            .chain(self.stream_filters.iter())
+            .chain(rules.flat_map(|rule| rule.wasm.as_deref().unwrap_or_default()))
+    }
 }
 
 /// Matches, best first, and the rules they lead to.
@@ -124,6 +144,8 @@ pub struct Rule {
     pub policy: RoutePolicy,
     /// From a GRPCRoute: an unusable backend is grpc-status UNAVAILABLE
     pub grpc: bool,
+    /// Keys of the filters of its requests, those of the port among them; `None`: those of the port
+    pub wasm: Option<Arc<[String]>>,
     /// One valid backend, and no filter anywhere: nothing to do but forward
     pub simple: bool,
 }
@@ -271,14 +293,19 @@ fn service_port(wire: &wire::ServicePort, backends: &Backends) -> Result<Port, L
         backends: shares,
         policy: policy(wire.policy.as_ref())?,
         grpc: false,
+        wasm: None,
     };
+    let routes = wire.routes.as_ref().map(|wire| table(wire, backends).within("routes")).transpose()?;
+    let own = routes.iter().flat_map(|table| &table.rules).any(|rule| rule.wasm.is_some());
     Ok(Port {
         number: port("port", wire.port)?,
         name: wire.name.as_str().into(),
         protocol: protocol(wire.protocol)?,
-        routes: wire.routes.as_ref().map(|wire| table(wire, backends).within("routes")).transpose()?,
+        routes,
         implicit: Arc::new(implicit),
+        filtered: own || !wire.filters.is_empty(),
         filters: wire.filters.as_slice().into(),
+        stream_filters: wire.stream_filters.as_slice().into(),
     })
 }
 
@@ -306,6 +333,7 @@ fn rule(wire: &wire::HttpRule, backends: &Backends) -> Result<Arc<Rule>, LinkErr
         backends: shares,
         policy: policy(wire.policy.as_ref())?,
         grpc: wire.grpc,
+        wasm: (!wire.wasm.is_empty()).then(|| wire.wasm.as_slice().into()),
         simple,
     }))
 }

@@ -71,10 +71,12 @@ fn rule(mut spec: SpecRule, namespace: &str) -> Result<Rule, Bad> {
     for (index, one) in spec.matches.into_iter().enumerate() {
         matches.push(self::one_match(one).map_err(|bad| bad.within(&format!("matches[{index}]")))?);
     }
+    let route::Filters { filters, extensions } = route::filters(spec.filters, place)?;
     Ok(Rule {
         name: spec.name.map(|name| name.0),
         matches,
-        filters: route::filters(spec.filters, place)?,
+        filters,
+        extensions,
         backends: route::backends(spec.backend_refs, namespace, place)?,
         request_timeout: None,
         backend_timeout: None,

@@ -103,7 +103,7 @@ fn rule(mut spec: SpecRule, namespace: &str) -> Result<Rule, Bad> {
     for (index, one) in spec.matches.into_iter().enumerate() {
         matches.push(self::one_match(one).map_err(|bad| bad.within(&format!("matches[{index}]")))?);
     }
-    let filters = route::filters(spec.filters, place)?;
+    let route::Filters { filters, extensions } = route::filters(spec.filters, place)?;
     let backends = route::backends(spec.backend_refs, namespace, place)?;
     let redirects = filters.iter().any(|filter| matches!(filter.filter, Some(mesh::route_filter::Filter::Redirect(_))));
     if redirects && !backends.is_empty() {
@@ -120,6 +120,7 @@ fn rule(mut spec: SpecRule, namespace: &str) -> Result<Rule, Bad> {
         name: spec.name.map(|name| name.0),
         matches,
         filters,
+        extensions,
         backends,
         request_timeout: request.map(|timeout| timeout.0),
         backend_timeout: backend.map(|timeout| timeout.0),

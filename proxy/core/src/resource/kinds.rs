@@ -4,7 +4,7 @@ use super::decode::suggest;
 
 /// Group of the Gateway API.
 pub(crate) const GATEWAY: &str = "gateway.networking.k8s.io";
-const OUTRIGGER: &str = "outrigger.dev";
+pub(crate) const OUTRIGGER: &str = "outrigger.dev";
 const DISCOVERY: &str = "discovery.k8s.io";
 
 /// What a document is, by its `apiVersion` and `kind`.

@@ -42,6 +42,8 @@ pub struct Rule {
     pub matches: Vec<Match>,
     /// Of the rule
     pub filters: Vec<mesh::RouteFilter>,
+    /// WasmFilters of the route's namespace that the rule names (`ExtensionRef`)
+    pub extensions: Vec<String>,
     /// Shares
     pub backends: Vec<BackendRef>,
     /// `timeouts.request` in milliseconds, 0 for none
@@ -113,8 +115,7 @@ pub(crate) struct SpecFilter {
     _request_mirror: Option<NotYet>,
     #[serde(rename = "cors")]
     _cors: Option<NotYet>,
-    #[serde(rename = "extensionRef")]
-    _extension_ref: Option<NotYet>,
+    extension_ref: Option<ExtensionRef>,
     #[serde(rename = "externalAuth")]
     _external_auth: Option<NotYet>,
 }
@@ -131,6 +132,22 @@ enum FilterType {
     Cors,
     ExtensionRef,
     ExternalAuth,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ExtensionRef {
+    group: String,
+    kind: String,
+    name: Subdomain,
+}
+
+/// What stands under `filters`.
+#[derive(Debug, Default)]
+pub(crate) struct Filters {
+    pub(crate) filters: Vec<mesh::RouteFilter>,
+    /// Names of WasmFilters
+    pub(crate) extensions: Vec<String>,
 }
 
 #[derive(Debug, Deserialize, Default)]
@@ -251,7 +268,7 @@ pub(crate) fn backends(refs: Vec<SpecBackendRef>, namespace: &str, place: Place)
             None => return Err(Bad::new(format!("{at}.port"), "missing; a Service as backend needs its port")),
         };
         let place = Place { backend: true, ..place };
-        let filters = filters(reference.filters, place).map_err(|bad| bad.within(&at))?;
+        let Filters { filters, .. } = filters(reference.filters, place).map_err(|bad| bad.within(&at))?;
         let namespace = reference.namespace.map_or_else(|| namespace.to_owned(), |namespace| namespace.0);
         backends.push(BackendRef { namespace, name: reference.name.0, port, weight, filters, invalid });
     }
@@ -259,12 +276,16 @@ pub(crate) fn backends(refs: Vec<SpecBackendRef>, namespace: &str, place: Place)
 }
 
 /// Reads the filters of a rule or a backend.
-pub(crate) fn filters(specs: Vec<SpecFilter>, place: Place) -> Result<Vec<mesh::RouteFilter>, Bad> {
+pub(crate) fn filters(specs: Vec<SpecFilter>, place: Place) -> Result<Filters, Bad> {
     let mut seen: Vec<FilterType> = Vec::new();
-    let mut filters = Vec::with_capacity(specs.len());
+    let mut filters = Filters::default();
     for (index, spec) in specs.into_iter().enumerate() {
         let at = format!("filters[{index}]");
         let kind = spec.r#type;
+        if kind == FilterType::ExtensionRef {
+            filters.extensions.push(extension(spec, place).map_err(|bad| bad.within(&at))?);
+            continue;
+        }
         if seen.contains(&kind) {
             return Err(Bad::new(format!("{at}.type"), format!("{kind:?} is there twice; merge the two")));
         }
@@ -274,21 +295,46 @@ pub(crate) fn filters(specs: Vec<SpecFilter>, place: Place) -> Result<Vec<mesh::
         }
         seen.push(kind);
         let filter = filter(spec, place).map_err(|bad| bad.within(&at))?;
-        filters.push(mesh::RouteFilter { filter: Some(filter) });
+        filters.filters.push(mesh::RouteFilter { filter: Some(filter) });
     }
     Ok(filters)
 }
 
-fn filter(spec: SpecFilter, place: Place) -> Result<route_filter::Filter, Bad> {
+/// The WasmFilter that a rule names.
+fn extension(spec: SpecFilter, place: Place) -> Result<String, Bad> {
+    foreign_field(&spec)?;
+    if place.backend {
+        return Err(Bad::new("type", "ExtensionRef on a backendRef is not supported yet; put it on the rule"));
+    }
+    let reference = spec.extension_ref.ok_or_else(|| Bad::new("extensionRef", "missing; it is required"))?;
+    if reference.group != super::kinds::OUTRIGGER {
+        let reason = format!("`{}` is not a group of filters; write {}", reference.group, super::kinds::OUTRIGGER);
+        return Err(Bad::new("extensionRef.group", reason));
+    }
+    match reference.kind.as_str() {
+        "WasmFilter" => Ok(reference.name.0),
+        "HttpFilter" => Err(Bad::new("extensionRef.kind", "HttpFilter is not supported yet; WasmFilter is")),
+        kind => Err(Bad::new("extensionRef.kind", format!("`{kind}` is not a kind of filter; write WasmFilter"))),
+    }
+}
+
+/// A field of another type than the filter's.
+fn foreign_field(spec: &SpecFilter) -> Result<(), Bad> {
     let given = [
         ("requestHeaderModifier", spec.request_header_modifier.is_some(), FilterType::RequestHeaderModifier),
         ("responseHeaderModifier", spec.response_header_modifier.is_some(), FilterType::ResponseHeaderModifier),
         ("requestRedirect", spec.request_redirect.is_some(), FilterType::RequestRedirect),
         ("urlRewrite", spec.url_rewrite.is_some(), FilterType::UrlRewrite),
+        ("extensionRef", spec.extension_ref.is_some(), FilterType::ExtensionRef),
     ];
-    if let Some((field, ..)) = given.iter().find(|(_, given, kind)| *given && *kind != spec.r#type) {
-        return Err(Bad::new(*field, "belongs to another `type` than this filter's"));
+    match given.iter().find(|(_, given, kind)| *given && *kind != spec.r#type) {
+        Some((field, ..)) => Err(Bad::new(*field, "belongs to another `type` than this filter's")),
+        None => Ok(()),
     }
+}
+
+fn filter(spec: SpecFilter, place: Place) -> Result<route_filter::Filter, Bad> {
+    foreign_field(&spec)?;
     let missing = |field: &str| Bad::new(field, "missing; it is required");
     let only_http = |name: &str| match (place.grpc, place.backend) {
         (true, _) => Err(Bad::new("type", format!("{name} is for HTTPRoute only"))),

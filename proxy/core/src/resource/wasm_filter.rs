@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::decode::{Bad, decode};
-use super::meta::{Target, TargetRef, targets};
+use super::meta::{LabelSelector, Target, TargetRef, targets};
 use super::value::{Millis, Percent, Size};
 use crate::key::{Named, ServiceKey, canonicalise};
 
@@ -14,8 +14,13 @@ use crate::key::{Named, ServiceKey, canonicalise};
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[allow(missing_docs)] // The names are those of the YAML.
 pub struct WasmFilter {
+    /// Where it runs; of none of them what an ExtensionRef names
     pub targets: Vec<Target>,
+    /// Labels of the workloads that it runs at; then there are no targets
+    pub selector: Option<BTreeMap<String, String>>,
     pub outbound: bool,
+    /// For opaque connections rather than HTTP
+    pub tcp: bool,
     pub order: i32,
     /// Where its module comes from
     pub module: ModuleSource,
@@ -83,9 +88,11 @@ impl std::fmt::Display for ModuleSource {
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct Spec {
-    target_refs: Vec<TargetRef>,
+    target_refs: Option<Vec<TargetRef>>,
+    selector: Option<LabelSelector>,
+    direction: Option<Direction>,
     #[serde(default)]
-    direction: Direction,
+    protocol: Protocol,
     #[serde(default)]
     order: i32,
     module: Module,
@@ -105,11 +112,18 @@ struct Spec {
     restart: Restart,
 }
 
-#[derive(Debug, Deserialize, Default, PartialEq)]
+#[derive(Debug, Clone, Copy, Deserialize, PartialEq)]
 enum Direction {
-    #[default]
     Inbound,
     Outbound,
+}
+
+/// What it filters. A module has callbacks of both as a rule, and breaks in those that it is not written for.
+#[derive(Debug, Clone, Copy, Deserialize, Default, PartialEq)]
+enum Protocol {
+    #[default]
+    Http,
+    Tcp,
 }
 
 #[derive(Debug, Deserialize, Default, PartialEq)]
@@ -159,10 +173,22 @@ const MOST_CALLOUTS: u32 = 10_000;
 
 pub(crate) fn read(spec: &Value, namespace: &str, yaml: &str) -> Result<WasmFilter, Bad> {
     let spec: Spec = decode(spec, "spec", &[])?;
-    let targets = targets(spec.target_refs, "spec.targetRefs", namespace)?;
-    if let Some(index) = targets.iter().position(|target| matches!(target, Target::Route { .. })) {
-        let field = format!("spec.targetRefs[{index}].kind");
-        return Err(Bad::new(field, "a filter on a route is not supported yet; Service and Namespace are"));
+    let targets = spec.target_refs.map(|refs| targets(refs, "spec.targetRefs", namespace)).transpose()?;
+    let selector = spec.selector.map(|selector| selector.match_labels);
+    if targets.is_some() && selector.is_some() {
+        return Err(Bad::new("spec.selector", "excludes targetRefs; remove one of them"));
+    }
+    let targets = targets.unwrap_or_default();
+    let direction = direction(spec.direction, &targets, selector.is_some())?;
+    let tcp = spec.protocol == Protocol::Tcp;
+    if tcp
+        && (targets.is_empty() && selector.is_none()
+            || targets.iter().any(|target| matches!(target, Target::Route { .. })))
+    {
+        return Err(Bad::new(
+            "spec.protocol",
+            "routes are for HTTP; a Tcp filter has a Service, a Namespace or a selector",
+        ));
     }
     let (module, sha256) = source(spec.module, yaml)?;
     let memory = spec.limits.memory.map_or(16 << 20, |size| size.0);
@@ -190,7 +216,9 @@ pub(crate) fn read(spec: &Value, namespace: &str, yaml: &str) -> Result<WasmFilt
     }
     Ok(WasmFilter {
         targets,
-        outbound: spec.direction == Direction::Outbound,
+        selector,
+        outbound: direction == Direction::Outbound,
+        tcp,
         order: spec.order,
         module,
         sha256,
@@ -209,6 +237,35 @@ pub(crate) fn read(spec: &Value, namespace: &str, yaml: &str) -> Result<WasmFilt
         backoff,
         max_backoff,
     })
+}
+
+/// At the caller or at the called workload: where what it is attached to is.
+fn direction(given: Option<Direction>, targets: &[Target], selected: bool) -> Result<Direction, Bad> {
+    let route = targets.iter().position(|target| matches!(target, Target::Route { .. }));
+    let elsewhere = targets.iter().any(|target| !matches!(target, Target::Route { .. }));
+    match (given, route) {
+        (Some(Direction::Outbound), _) if selected => {
+            let reason = "a selector is for the filters of what comes to a workload; leave it out, or name a Service or route in targetRefs";
+            Err(Bad::new("spec.direction", reason))
+        }
+        (Some(Direction::Inbound), Some(index)) => Err(Bad::new(
+            format!("spec.targetRefs[{index}].kind"),
+            "a route's filters run at the caller; write `direction: Outbound`, or name the Service",
+        )),
+        (None, Some(index)) if elsewhere => Err(Bad::new(
+            format!("spec.targetRefs[{index}].kind"),
+            "a route's filters run at the caller, those of the other targets at the workload unless told otherwise; write `direction: Outbound`, or a WasmFilter for each",
+        )),
+        (Some(Direction::Inbound), None) if targets.is_empty() && !selected => Err(Bad::new(
+            "spec.targetRefs",
+            "missing; without it (or a selector) only routes name this filter, and theirs are Outbound",
+        )),
+        (Some(given), _) => Ok(given),
+        (None, Some(_)) => Ok(Direction::Outbound),
+        // Named by routes alone.
+        (None, None) if targets.is_empty() && !selected => Ok(Direction::Outbound),
+        (None, None) => Ok(Direction::Inbound),
+    }
 }
 
 /// Exactly one source, and the digest of the module. What is fetched over a network is pinned, so that nobody but the author of

@@ -262,8 +262,8 @@ impl Inner {
 
     pub(super) fn stop(&self, stop: Stop) {
         let mut state = self.state.borrow_mut();
-        // What has gone out cannot be replaced.
-        let sent = state.response.head_taken;
+        // What has gone out cannot be replaced; of TCP nothing is, and why it ends is what counts.
+        let sent = state.response.head_taken && !self.tcp;
         let stop = if sent && stop != Stop::Local { Stop::Reset } else { stop };
         state.request.cut = true;
         if stop == Stop::Reset {
