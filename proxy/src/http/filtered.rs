@@ -332,7 +332,7 @@ impl Exchange {
                 outlet.inlet.take_if(|inlet| inlet.source.is_some() && chain.is_clear(Flow::Response))
         {
             let tail = ExchangeTail::new(self, attempt);
-            return Ok(response.map(|()| ResponseBody::upstream(body, Box::new(tail), deadline).holding(running)));
+            return Ok(response.map(|()| ResponseBody::upstream(body, tail, deadline).holding(running)));
         }
         outlet.deadline = deadline.map(|deadline| Box::pin(tokio::time::sleep_until(deadline.into())));
         let tail: Box<dyn Tail> = Box::new(ExchangeTail::new(self, attempt));
