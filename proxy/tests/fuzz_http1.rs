@@ -73,7 +73,7 @@ fn read(bytes: &[u8], head: bool, mut cut: impl FnMut() -> usize) -> Read {
 /// False: more bytes are needed, or there is an error.
 fn step(reader: &mut Reader, got: &mut Read, answered: &mut bool) -> bool {
     if *answered {
-        match reader.next() {
+        match reader.piece() {
             Ok(Piece::More) => return false,
             Ok(Piece::Data(data)) => got.body.extend_from_slice(&data),
             Ok(Piece::Trailers(trailers)) => got.ended = Some(trailers.len()),

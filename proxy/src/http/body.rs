@@ -324,12 +324,19 @@ impl ResponseBody {
         Self { source: Response::Full((!bytes.is_empty()).then_some(bytes)), running: None }
     }
 
-    /// An endpoint's body, watched by a tail. A body that has ended already ends the tail at once.
-    pub(super) fn upstream(body: Received, mut tail: Box<dyn Tail>, deadline: Option<Instant>) -> Self {
+    /// An endpoint's body, watched by a tail. A body that has ended already ends the tail at once, and so does one that is here
+    /// as a whole: there is nothing to watch.
+    pub(super) fn upstream(mut body: Received, mut tail: impl Tail + 'static, deadline: Option<Instant>) -> Self {
+        if let Some(whole) = body.take_whole() {
+            tail.data(whole.len());
+            tail.end(None);
+            return Self::full(whole);
+        }
         if body.is_end_stream() {
             tail.end(None);
             return Self::full(Bytes::new());
         }
+        let tail: Box<dyn Tail> = Box::new(tail);
         let deadline = deadline.map(|deadline| Box::pin(tokio::time::sleep_until(deadline.into())));
         Self { source: Response::Upstream(Box::new(Upstream { body, deadline, tail: Some(tail) })), running: None }
     }

@@ -373,7 +373,7 @@ impl Exchange {
         }
         let deadline = attempt.deadline;
         let tail = ExchangeTail::new(self, Some(attempt));
-        response.map(|()| ResponseBody::upstream(body, Box::new(tail), deadline).holding(running))
+        response.map(|()| ResponseBody::upstream(body, tail, deadline).holding(running))
     }
 
     /// Both sides have agreed to speak something else.

@@ -378,7 +378,7 @@ impl Exchange {
             && let Some(Inlet { source: Some(body), .. }) =
                 outlet.inlet.take_if(|inlet| inlet.source.is_some() && chain.is_clear(Flow::Response))
         {
-            let tail = Box::new(ExchangeTail::new(self, attempt));
+            let tail = ExchangeTail::new(self, attempt);
             return Ok(response(head, hops).map(|()| ResponseBody::upstream(body, tail, deadline).holding(running)));
         }
         let tail: Box<dyn Tail> = Box::new(ExchangeTail::new(self, attempt));

@@ -40,6 +40,14 @@ impl Received {
         }
         Self::Http2(stream)
     }
+
+    /// The body, if all of it came with its head.
+    pub(crate) fn take_whole(&mut self) -> Option<Bytes> {
+        match self {
+            Self::Http1(body) => body.take_whole(),
+            Self::Http2(_) => None,
+        }
+    }
 }
 
 impl Stream {

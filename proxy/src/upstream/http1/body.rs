@@ -22,6 +22,14 @@ impl Body {
         Self { connection: (!ended).then(|| connection.clone()) }
     }
 
+    /// The body, if all of it came with its head.
+    pub(in crate::upstream) fn take_whole(&mut self) -> Option<Bytes> {
+        let connection = self.connection.as_ref()?;
+        let whole = connection.state.borrow_mut().take_whole()?;
+        self.connection = None;
+        Some(whole)
+    }
+
     fn poll_piece(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Piece, BoxError>>> {
         let Some(connection) = &self.connection else { return Poll::Ready(None) };
         let mut upload = connection.upload.borrow_mut();

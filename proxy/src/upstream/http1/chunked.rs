@@ -162,8 +162,11 @@ mod tests {
 
     use super::*;
 
-    /// The body, its trailers, and what is left after its end; in pieces as given.
-    fn decode<'a>(pieces: impl IntoIterator<Item = &'a [u8]>) -> Result<Option<(Vec<u8>, HeaderMap, Vec<u8>)>, Error> {
+    /// A body, its trailers, and what is left after its end; `None`: it has not ended.
+    type Decoded = Result<Option<(Vec<u8>, HeaderMap, Vec<u8>)>, Error>;
+
+    /// What arrives in these pieces.
+    fn decode<'a>(pieces: impl IntoIterator<Item = &'a [u8]>) -> Decoded {
         let (mut chunked, mut buf, mut body) = (Chunked::new(), BytesMut::new(), Vec::new());
         let mut ended = None;
         for piece in pieces {
@@ -180,7 +183,7 @@ mod tests {
         Ok(ended.map(|trailers| (body, trailers, buf.to_vec())))
     }
 
-    fn whole(text: &str) -> Result<Option<(Vec<u8>, HeaderMap, Vec<u8>)>, Error> {
+    fn whole(text: &str) -> Decoded {
         decode([text.as_bytes()])
     }
 

@@ -2,7 +2,7 @@
 
 use ::http::header::{CONNECTION, CONTENT_LENGTH, HOST, TE, TRAILER, TRANSFER_ENCODING, UPGRADE};
 use ::http::uri::Authority;
-use ::http::{HeaderMap, HeaderName, Method, Uri, header};
+use ::http::{HeaderMap, HeaderName, HeaderValue, Method, Uri, header};
 
 use super::Error;
 
@@ -157,7 +157,7 @@ fn target(uri: &Uri, out: &mut Vec<u8>) {
 fn host(head: &Head<'_>, out: &mut Vec<u8>) {
     // As a rule it is the first one, and then needs no search.
     let first = head.headers.iter().next().filter(|(name, _)| **name == HOST).map(|(_, value)| value);
-    let host = first.or_else(|| head.headers.get(HOST)).map(|value| value.as_bytes());
+    let host = first.or_else(|| head.headers.get(HOST)).map(HeaderValue::as_bytes);
     if let Some(host) = host.or_else(|| head.uri.authority().map(Authority::as_str).map(str::as_bytes)) {
         field("host", host, out);
     }
@@ -241,7 +241,6 @@ fn is_forbidden(name: &HeaderName) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use ::http::HeaderValue;
     use proptest::prelude::*;
 
     use super::*;

@@ -23,6 +23,7 @@ use std::io;
 use std::pin::Pin;
 use std::task::{Context, Poll, Waker, ready};
 
+use bytes::Bytes;
 use tokio::io::{AsyncReadExt, AsyncWrite, ReadBuf};
 use tokio::task::coop;
 use tokio::time::Instant;
@@ -198,10 +199,17 @@ impl State {
         }
     }
 
+    /// The response's body, if all of it is here.
+    fn take_whole(&mut self) -> Option<Bytes> {
+        let whole = self.reader.take_whole()?;
+        self.release();
+        Some(whole)
+    }
+
     /// What is next of the response's body; never [`Piece::More`].
     fn poll_piece(&mut self, cx: &mut Context<'_>) -> Poll<Result<Piece, Error>> {
         loop {
-            let piece = self.reader.next()?;
+            let piece = self.reader.piece()?;
             if piece == Piece::More {
                 if ready!(self.poll_fill(cx))? > 0 {
                     continue;

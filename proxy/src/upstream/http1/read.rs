@@ -150,7 +150,7 @@ impl Reader {
     ///
     /// # Errors
     /// Its coding cannot be read.
-    pub fn next(&mut self) -> Result<Piece, Error> {
+    pub fn piece(&mut self) -> Result<Piece, Error> {
         let piece = match &mut self.left {
             Left::Nothing => Piece::End,
             _ if self.buf.is_empty() => Piece::More,
@@ -174,6 +174,14 @@ impl Reader {
             self.left = Left::Nothing;
         }
         Ok(piece)
+    }
+
+    /// Takes a body of known length if all of it has arrived.
+    pub(super) fn take_whole(&mut self) -> Option<Bytes> {
+        let Left::Length(left) = self.left else { return None };
+        let left = usize::try_from(left).ok().filter(|left| *left <= self.buf.len())?;
+        self.left = Left::Nothing;
+        Some(self.buf.split_to(left).freeze())
     }
 
     /// The connection has ended, and so may the body.
@@ -321,7 +329,7 @@ mod tests {
         assert_eq!(response.headers().get_all("x-a").iter().collect::<Vec<_>>(), ["1", "2"]);
         assert_eq!(response.headers()["x-empty"], "");
         assert_eq!(response.extensions().get::<ReasonPhrase>().unwrap().as_bytes(), b"Fine");
-        assert_eq!(reader.next().unwrap(), Piece::Data("ok".into()));
+        assert_eq!(reader.piece().unwrap(), Piece::Data("ok".into()));
         assert!(reader.is_end() && reader.is_reusable());
         let (response, _) = head("HTTP/1.1 200 OK\n\n").unwrap();
         assert!(response.extensions().is_empty());
@@ -397,11 +405,11 @@ mod tests {
             assert_eq!(head(text).unwrap().1.is_reusable(), kept, "{text}");
         }
         let (_, mut reader) = head("HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nab").unwrap();
-        reader.next().unwrap();
+        reader.piece().unwrap();
         assert!(!reader.is_reusable(), "its body is not complete");
         assert!(matches!(reader.closed(), Err(Error::Truncated)));
         let (_, mut reader) = head("HTTP/1.1 200 OK\r\n\r\nab").unwrap();
-        assert_eq!(reader.next().unwrap(), Piece::Data("ab".into()));
+        assert_eq!(reader.piece().unwrap(), Piece::Data("ab".into()));
         assert_eq!(reader.closed().unwrap(), Piece::End);
     }
 
@@ -451,7 +459,7 @@ mod tests {
                     }
                     continue;
                 }
-                match reader.next().map_err(|error| error.to_string())? {
+                match reader.piece().map_err(|error| error.to_string())? {
                     Piece::More => break,
                     Piece::Data(data) => body.extend_from_slice(&data),
                     Piece::Trailers(map) => (trailers, ended) = (map.len(), true),

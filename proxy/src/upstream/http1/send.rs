@@ -81,7 +81,9 @@ impl Sending {
                     }
                 }
                 Ok(Arrived::Interim(_)) => {}
-                Ok(Arrived::Head(response)) => return Poll::Ready(self.answered(connection, response)),
+                Ok(Arrived::Head(response)) => {
+                    return Poll::Ready(self.answered(connection, response).map_err(Into::into));
+                }
                 Err(Error::Closed) => {
                     let error = self.broken.take().map_or(Error::Closed, Error::Io);
                     return Poll::Ready(Err(error.into()));
@@ -92,11 +94,11 @@ impl Sending {
     }
 
     /// The response has begun, whether or not the request has ended.
-    fn answered(&mut self, connection: &Rc<Connection>, response: Response<()>) -> Result<Response<Body>, Failed> {
+    fn answered(&mut self, connection: &Rc<Connection>, response: Response<()>) -> Result<Response<Body>, Error> {
         let mut state = connection.state.borrow_mut();
         if let Some(request) = self.request.take() {
             if response.status() == StatusCode::SWITCHING_PROTOCOLS {
-                return Err(Error::Framing("it switches protocols before the request's end").into());
+                return Err(Error::Framing("it switches protocols before the request's end"));
             }
             if request.body.is_held() {
                 // The endpoint did not ask for the body, and what it would take the next request for nobody knows.
