@@ -6,7 +6,7 @@ export PATH := $(PATH):$(HOME)/.cargo/bin
 SHELL := /bin/bash
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build filters demo test lint bench bench-budget bench-scale conformance-wasm conformance-envoy fuzz
+.PHONY: help setup build filters demo test chaos lint bench bench-budget bench-scale conformance-wasm conformance-envoy fuzz
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,6 +30,9 @@ test: build ## every test, end to end included; prints the ten slowest
 
 fuzz: setup ## the filters' host under arbitrary modules, the reader of responses under arbitrary bytes (SECS=60; SEED= replays)
 	@FUZZ_SECS="$(or $(SECS),60)" FUZZ_SEED="$(SEED)" cargo test --workspace --locked --test fuzz_host --test fuzz_http1 -- --nocapture
+
+chaos: build ## filters that trap, loop and leak under load; what a filter costs in memory (CHAOS_SECS= of load); prints the figures
+	@OUTRIGGER_BIN_DIR="$$CARGO_TARGET_DIR/debug" cargo test --workspace --locked --test chaos -- --nocapture --test-threads 1
 
 lint: setup ## format, clippy with warnings denied, layers, status table
 	@scripts/lint.sh

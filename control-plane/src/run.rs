@@ -94,14 +94,7 @@ impl Control {
         let state = &flags.state;
         durable::directory(state).with_context(|| format!("--state {}", state.display()))?;
         let lock = lock(state)?;
-        let authority = Arc::new(match (&flags.ca_cert, &flags.ca_key) {
-            (Some(cert), Some(key)) => {
-                let authority = Authority::from_files(cert, key, &flags.trust_domain)?;
-                authority.publish_roots(state).with_context(|| format!("writing roots to {}", state.display()))?;
-                authority
-            }
-            _ => Authority::open(state, &flags.trust_domain)?,
-        });
+        let authority = Arc::new(authority(flags)?);
         let tokens = Arc::new(Tokens::open(state, !flags.no_bootstrap_token)?);
         let grants = Arc::new(Grants::open(state).context("reading what was granted to certificates")?);
         let admin_token = api::admin_token(state).context("the administrator's token")?;
@@ -158,12 +151,7 @@ impl Control {
         };
 
         let certificate = ServerCert::new(authority.clone())?;
-        let fetcher = Fetcher::new(Hosts {
-            credentials: flags.registry_config.clone(),
-            roots: flags.registry_ca.clone(),
-            plain: flags.registry_plain_http.clone(),
-        });
-        let fetcher = fetcher.context("a client for modules on other hosts")?;
+        let fetcher = Fetcher::new(hosts(flags)).context("a client for modules on other hosts")?;
         let grpc = bind("--grpc", flags.grpc).await?;
         let http = bind("--http", flags.http).await?;
         let (grpc_address, http_address) = (grpc.local_addr()?, http.local_addr()?);
@@ -200,6 +188,25 @@ impl Drop for Control {
         for task in &self.tasks {
             task.abort();
         }
+    }
+}
+
+/// The one of the files that are named, or the control plane's own.
+fn authority(flags: &Flags) -> anyhow::Result<Authority> {
+    let state = &flags.state;
+    let (Some(cert), Some(key)) = (&flags.ca_cert, &flags.ca_key) else {
+        return Ok(Authority::open(state, &flags.trust_domain)?);
+    };
+    let authority = Authority::from_files(cert, key, &flags.trust_domain)?;
+    authority.publish_roots(state).with_context(|| format!("writing roots to {}", state.display()))?;
+    Ok(authority)
+}
+
+fn hosts(flags: &Flags) -> Hosts {
+    Hosts {
+        credentials: flags.registry_config.clone(),
+        roots: flags.registry_ca.clone(),
+        plain: flags.registry_plain_http.clone(),
     }
 }
 

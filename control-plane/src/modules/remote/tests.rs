@@ -188,7 +188,8 @@ async fn each_name_of_the_layer_and_an_index_are_understood_and_two_modules_are_
 
 #[tokio::test]
 async fn more_than_a_module_may_have_is_not_taken_in() {
-    let host = start(Registry { layer: vec![0; MAX_MODULE as usize + 1], ..registry(Auth::None) }).await;
+    let layer = vec![0; usize::try_from(MAX_MODULE).unwrap() + 1];
+    let host = start(Registry { layer, ..registry(Auth::None) }).await;
     let fetcher = Fetcher::new(Hosts::default()).unwrap();
     let refused = fetcher.fetch(&ModuleSource::Url(format!("http://{host}/f.wasm"))).await;
     assert!(matches!(refused, Err(FetchError::TooLarge)), "{refused:?}");
