@@ -1,6 +1,6 @@
 //! What is written: aligned tables for people, JSON for programs.
 
-use std::io::{self, Write as _};
+use std::io::{self, IsTerminal as _, Write as _};
 
 /// How results are written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -24,6 +24,11 @@ pub(crate) fn bytes(bytes: &[u8]) -> io::Result<()> {
 /// Writes one value to stdout, indented.
 pub(crate) fn json(value: &impl serde::Serialize) -> anyhow::Result<()> {
     Ok(line(&serde_json::to_string_pretty(value)?)?)
+}
+
+/// Whether stdout is a terminal that colours are wanted on (<https://no-color.org>).
+pub(crate) fn is_colourful() -> bool {
+    io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
 }
 
 /// Writes one line to stderr. When that is closed there is nobody left to tell.

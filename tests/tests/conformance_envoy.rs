@@ -8,18 +8,18 @@ fn run(number: u32) {
         if case.envoy.as_ref().is_some_and(|peer| peer.skip) {
             continue;
         }
-        let differences = World::of(case).run(case, &mut Envoy::default());
+        let differences = World::of(case).run(case, &mut Envoy::of(case));
         check_peer(case, &differences);
     }
 }
 
 macro_rules! cases {
-    ($($group:ident { $($name:ident = $number:literal;)* })*) => {$($(
+    ($($name:ident = $number:literal;)*) => {$(
         #[test]
         fn $name() {
             run($number);
         }
-    )*)*};
+    )*};
 }
 
 include!("../proxy-wasm/cases.rs");

@@ -1,27 +1,34 @@
-//! The Proxy-Wasm conformance cases on this host: in process, one test for each number.
+//! The Proxy-Wasm conformance cases on this host: one test for each number in process, and one through the whole proxy.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // helpers of tests
 
-use outrigger_e2e::conformance::{case, cases, host_functions, module, table};
+use std::collections::BTreeSet;
+
+use outrigger_e2e::conformance::{Through, World, case, cases, host_functions, module, table};
 use outrigger_proxy::filter::cases::{Case, Differences, Runner};
 
 fn run(case: &Case, hollow: &[&str]) -> Differences {
     let cache = tempfile::tempdir().unwrap();
     let modules = |name: &str| Ok(module(name));
-    Runner::new(cache.path(), &modules, hollow).unwrap().run(case).unwrap()
+    Runner::new(cache.path(), &modules, hollow).unwrap().run(case).unwrap().differences
+}
+
+#[track_caller]
+fn assert_none(case: &Case, differences: &Differences) {
+    let lines: Vec<String> = differences.iter().map(ToString::to_string).collect();
+    assert!(lines.is_empty(), "case {} ({}): {lines:#?}", case.number, case.name);
 }
 
 mod in_process {
     use super::*;
 
     fn check(number: u32) {
-        for case in case(number).into_iter().filter(|case| case.missing.is_none()) {
-            let differences = run(case, &[]);
-            assert!(differences.is_empty(), "case {number} ({}): {differences:#?}", case.name);
+        for case in case(number).into_iter().filter(|case| case.proxy_only.is_none()) {
+            assert_none(case, &run(case, &[]));
         }
     }
 
     macro_rules! cases {
-        (served { $($name:ident = $number:literal;)* } missing { $($rest:tt)* }) => {
+        ($($name:ident = $number:literal;)*) => {
             $(
                 #[test]
                 fn $name() {
@@ -29,8 +36,29 @@ mod in_process {
                 }
             )*
 
-            pub(super) const SERVED: &[u32] = &[$($number),*];
+            pub(super) const NUMBERS: &[u32] = &[$($number),*];
         };
+    }
+
+    include!("../proxy-wasm/cases.rs");
+}
+
+mod through_the_proxy {
+    use super::*;
+
+    fn check(number: u32) {
+        for case in case(number).into_iter().filter(|case| case.is_traffic()) {
+            assert_none(case, &World::of(case).run(case, &mut Through::of(case)));
+        }
+    }
+
+    macro_rules! cases {
+        ($($name:ident = $number:literal;)*) => {$(
+            #[test]
+            fn $name() {
+                check($number);
+            }
+        )*};
     }
 
     include!("../proxy-wasm/cases.rs");
@@ -48,10 +76,9 @@ fn every_call() -> Vec<&'static str> {
 fn mutated(numbers: std::ops::RangeInclusive<u32>) {
     let (calls, mut all) = (every_call(), every_call());
     all.push("proxy_log");
-    let cases =
-        cases().iter().filter(|case| numbers.contains(&case.number) && case.host_calls && case.missing.is_none());
+    let shows = |case: &&Case| numbers.contains(&case.number) && case.host_calls && case.proxy_only.is_none();
     let mut count = 0;
-    for case in cases {
+    for case in cases().iter().filter(shows) {
         // Those that are about the log itself.
         let hollow = if case.number == 83 { &all } else { &calls };
         assert!(!run(case, hollow).is_empty(), "case {} ({}) passes without host calls", case.number, case.name);
@@ -82,17 +109,27 @@ fn a_host_whose_calls_do_nothing_fails_every_case_about_calls_and_state() {
 
 #[test]
 fn every_number_of_the_contract_has_its_cases_and_differences_their_reasons() {
+    assert_eq!(in_process::NUMBERS, (1..=85).collect::<Vec<u32>>());
+    // These are about state and calls that need no more than one exchange: each has a case that runs in process.
     for number in 1..=85 {
-        let some = case(number).iter().any(|case| case.missing.is_none());
-        assert_eq!(in_process::SERVED.contains(&number), some, "{number}");
+        assert!(case(number).iter().any(|case| case.proxy_only.is_none()), "{number}");
     }
+    let mut through = BTreeSet::new();
     for case in cases() {
         assert!((1..=85).contains(&case.number), "{}", case.name);
+        // What is about traffic runs through the proxy, or says why not.
+        if case.is_traffic() {
+            through.insert(case.number);
+        } else {
+            let about_start = case.steps.is_empty() && case.proxy_only.is_none();
+            assert!(about_start || case.in_process_only.is_some(), "case {} ({})", case.number, case.name);
+        }
         if let Some(peer) = &case.envoy {
             assert!(!peer.reason.is_empty(), "case {} ({})", case.number, case.name);
             assert!(peer.skip == peer.differs.is_empty(), "case {} ({})", case.number, case.name);
         }
     }
+    assert!(through.len() > 70, "{through:?}");
 }
 
 #[test]

@@ -8,6 +8,7 @@ mod inspect;
 mod new;
 mod run;
 mod status;
+mod test;
 mod watch;
 
 use std::process::ExitCode;
@@ -42,6 +43,8 @@ enum FilterCommand {
     Detach(attach::Detach),
     /// Filters, which proxies serve by them, and how they do there
     Status(status::Status),
+    /// Run cases of filters, written in YAML, without a proxy
+    Test(test::Test),
 }
 
 pub(crate) fn run(args: Args, global: &Global) -> anyhow::Result<ExitCode> {
@@ -55,5 +58,6 @@ pub(crate) fn run(args: Args, global: &Global) -> anyhow::Result<ExitCode> {
         FilterCommand::Attach(attach) => attach::attach(&attach, global),
         FilterCommand::Detach(detach) => attach::detach(&detach, global),
         FilterCommand::Status(status) => status::run(&status, global),
+        FilterCommand::Test(args) => test::run(&args, global),
     }
 }

@@ -20,6 +20,9 @@ use proxy_wasm::types::{Action, ContextType};
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
 
+/// Name of the trailer.
+const DIGEST: &str = "x-body-digest";
+
 proxy_wasm::main! {{
     proxy_wasm::set_root_context(|_| Box::new(Root::default()));
 }}
@@ -120,7 +123,7 @@ struct Exchange {
 impl Context for Exchange {}
 
 impl HttpContext for Exchange {
-    fn on_http_request_headers(&mut self, _count: usize, _end_of_stream: bool) -> Action {
+    fn on_http_request_headers(&mut self, _count: usize, end_of_stream: bool) -> Action {
         let header = |name: &str| self.get_http_request_header(name).unwrap_or_default();
         let created = self.get_current_time().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
         let signature = self.signer.sign(&Signed {
@@ -131,6 +134,11 @@ impl HttpContext for Exchange {
             values: self.signer.headers.iter().map(|name| header(name)).collect(),
         });
         self.set_http_request_header("x-signature", Some(&signature));
+        if self.signer.digest_trailer && !end_of_stream {
+            // HTTP/1 carries only the trailers that are announced, and none behind a body of a stated length.
+            self.add_http_request_header("trailer", DIGEST);
+            self.set_http_request_header("content-length", None);
+        }
         Action::Continue
     }
 
@@ -156,7 +164,7 @@ impl Exchange {
     fn add_digest(&mut self) {
         let digest = std::mem::take(&mut self.digest).finalize();
         let value = format!("sha-256=:{}:;signature=\"{}\"", BASE64_STANDARD.encode(digest), self.signer.mac(&digest));
-        self.set_http_request_trailer("x-body-digest", Some(&value));
+        self.set_http_request_trailer(DIGEST, Some(&value));
     }
 }
 

@@ -110,6 +110,11 @@ impl FilteredRequest {
     pub(super) fn poll_frame(&mut self, cx: &mut Context<'_>) -> Polled {
         loop {
             self.chain.settle();
+            if self.chain.stopped() {
+                // The answer is the filters', and ends the attempt: the endpoint is not to be blamed for half a body.
+                self.chain.register(Flow::Request, cx.waker());
+                return Poll::Pending;
+            }
             if let Some(frame) = outflow(&self.chain, Flow::Request) {
                 return Poll::Ready(frame);
             }
@@ -336,7 +341,7 @@ impl Exchange {
         }
         outlet.deadline = deadline.map(|deadline| Box::pin(tokio::time::sleep_until(deadline.into())));
         let tail: Box<dyn Tail> = Box::new(ExchangeTail::new(self, attempt));
-        let body = FilteredResponse { outlet, tail: Some(tail) };
+        let body = FilteredResponse { outlet, tail: Some(tail), cut: false };
         Ok(response.map(|()| ResponseBody::filtered(body).holding(running)))
     }
 }
@@ -429,6 +434,8 @@ pub(super) struct FilteredResponse {
     outlet: Outlet,
     /// Dropped without an end: the client went away
     tail: Option<Box<dyn Tail>>,
+    /// A filter has ended it; what came before has been sent
+    cut: bool,
 }
 
 impl FilteredResponse {
@@ -437,6 +444,11 @@ impl FilteredResponse {
         loop {
             chain.settle();
             if let Some(frame) = outflow(&chain, Flow::Response) {
+                if matches!(frame, Some(Err(_))) && !std::mem::replace(&mut self.cut, true) {
+                    // An error ends the connection at once. The client is to see how far the response came: its head, at least.
+                    cx.waker().wake_by_ref();
+                    return Poll::Pending;
+                }
                 self.watch(frame.as_ref());
                 return Poll::Ready(frame);
             }

@@ -36,7 +36,7 @@ impl Made {
         }
     }
 
-    pub(super) fn poll_frame(&mut self, cx: &Context<'_>) -> Poll<Option<Frame<Bytes>>> {
+    pub(crate) fn poll_frame(&mut self, cx: &Context<'_>) -> Poll<Option<Frame<Bytes>>> {
         match self {
             Self::Whole { data, .. } if !data.is_empty() => Poll::Ready(Some(Frame::data(std::mem::take(data)))),
             Self::Whole { trailers, .. } => Poll::Ready(trailers.take().map(Frame::trailers)),

@@ -21,6 +21,7 @@ mod upgrade;
 
 pub(crate) use callout::{Callouts, Place};
 pub(crate) use made::{Feed, Made};
+pub(crate) use respond::{is_grpc, respond};
 
 pub use body::{ReplayBuffer, RequestBody, ResponseBody};
 pub use idle::Connections;

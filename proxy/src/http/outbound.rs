@@ -46,11 +46,25 @@ pub(super) async fn handle(x: &mut Exchange, info: &listen::Outbound, mut inc: I
         }
         Filtered::Answer(answer) => return Ok(answer),
     }
+    match x.chain.clone() {
+        None => onwards(x, info, &place, inc, &canonical).await,
+        Some(chain) => super::filtered::unless_stopped(chain, onwards(x, info, &place, inc, &canonical)).await,
+    }
+}
+
+/// Sends a request to where it goes.
+async fn onwards(
+    x: &mut Exchange,
+    info: &listen::Outbound,
+    place: &Place,
+    inc: Incomer,
+    canonical: &Canonical,
+) -> Result<Answer, Failure> {
     match &place.target {
-        snapshot::Target::Service(service) => to_service(x, service, place.port(), inc, &canonical).await,
-        snapshot::Target::Workload(workload) => to_workload(x, workload, inc, &canonical).await,
+        snapshot::Target::Service(service) => to_service(x, service, place.port(), inc, canonical).await,
+        snapshot::Target::Workload(workload) => to_workload(x, workload, inc, canonical).await,
         snapshot::Target::Absent => match info.destination {
-            Some(address) => outside(x, &place.snapshot, address, inc, &canonical).await,
+            Some(address) => outside(x, &place.snapshot, address, inc, canonical).await,
             None => Err(Failure::new(Reason::UnknownService, place.asked.0.to_string())),
         },
     }
@@ -80,10 +94,7 @@ pub(super) async fn call_out(
     let call = chosen(x, &selected)?;
     let mut out = Outgoing::made(head, &canonical, body);
     change(&mut out.head, &call, &selected);
-    match x.chain.clone() {
-        None => attempt::routed(x, call, out).await,
-        Some(chain) => super::filtered::unless_stopped(chain, attempt::routed(x, call, out)).await,
-    }
+    attempt::routed(x, call, out).await
 }
 
 /// Where a request goes, as discovery has it.

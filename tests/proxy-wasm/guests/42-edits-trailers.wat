@@ -1,3 +1,5 @@
+(on request_headers (drop (call $add_header_map_value #0 @trailer@ @x-c@)) #0)
+(on response_headers (drop (call $add_header_map_value #2 @trailer@ @x-c@)) #0)
 (on request_trailers
   (call $num @n@ (local.get $n))
   (call $show @a@ (call $get_header_map_value #1 @x-a@ OUT))

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
 
-use outrigger_proxy::filter::cases::FilterSpec;
+use outrigger_proxy::filter::cases::{Case, FilterSpec};
 use serde_json::{Value, json};
 
 use super::guests::module;
@@ -16,12 +16,13 @@ use crate::{Curl, Process, until};
 
 const TYPES: &str = "type.googleapis.com/envoy.";
 
-/// One Envoy for one case, with one worker.
+/// One Envoy for one case.
 #[derive(Debug)]
 pub struct Envoy {
     directory: tempfile::TempDir,
     process: Option<Process>,
     loads: usize,
+    workers: usize,
     address: Option<SocketAddr>,
 }
 
@@ -39,11 +40,16 @@ pub(super) fn binary() -> PathBuf {
 impl Default for Envoy {
     fn default() -> Self {
         let directory = tempfile::Builder::new().prefix("outrigger-").tempdir().expect("temporary directory");
-        Self { directory, process: None, loads: 0, address: None }
+        Self { directory, process: None, loads: 0, workers: 1, address: None }
     }
 }
 
 impl Envoy {
+    /// With as many workers as the case asks for.
+    pub fn of(case: &Case) -> Self {
+        Self { workers: case.workers.max(1), ..Self::default() }
+    }
+
     fn path(&self, name: &str) -> String {
         self.directory.path().join(name).display().to_string()
     }
@@ -139,7 +145,7 @@ impl Envoy {
             "-c",
             &self.path("envoy.json"),
             "--concurrency",
-            "1",
+            &self.workers.to_string(),
             "--disable-hot-restart",
             "--drain-time-s",
             "1",

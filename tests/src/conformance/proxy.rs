@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::net::SocketAddr;
 
-use outrigger_proxy::filter::cases::{FilterSpec, metric};
+use outrigger_proxy::filter::cases::{Case, FilterSpec, metric};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
@@ -12,9 +12,10 @@ use super::guests::module;
 use super::world::{Target, World};
 use crate::{Local, LocalProxy, until};
 
-/// One proxy for one case, with one worker.
+/// One proxy for one case.
 #[derive(Debug, Default)]
 pub struct Through {
+    workers: usize,
     local: Option<Local>,
     proxy: Option<LocalProxy>,
 }
@@ -36,6 +37,8 @@ fn mesh(world: &World) -> String {
     yaml + "apiVersion: gateway.networking.k8s.io/v1\nkind: HTTPRoute\nmetadata: {name: routes, namespace: demo}\nspec:\n  \
             parentRefs: [{group: \"\", kind: Service, name: reviews}]\n  rules:\n  \
             - matches: [{path: {type: PathPrefix, value: /rewritten}}]\n    backendRefs: [{name: second, port: 80}]\n  \
+            - matches: [{path: {type: PathPrefix, value: /timeout}}]\n    timeouts: {request: 500ms}\n    \
+            backendRefs: [{name: reviews, port: 80}]\n  \
             - backendRefs: [{name: reviews, port: 80}]\n"
 }
 
@@ -66,6 +69,11 @@ fn resource(index: usize, spec: &FilterSpec, file: &str) -> Value {
 }
 
 impl Through {
+    /// With as many workers as the case asks for.
+    pub fn of(case: &Case) -> Self {
+        Self { workers: case.workers.max(1), ..Self::default() }
+    }
+
     fn proxy(&self) -> &LocalProxy {
         self.proxy.as_ref().expect("loaded")
     }
@@ -73,6 +81,7 @@ impl Through {
 
 impl Target for Through {
     fn load(&mut self, filters: &[FilterSpec], world: &World) -> Result<(), String> {
+        let workers = self.workers;
         let local = self.local.get_or_insert_with(|| Local::new(&mesh(world)));
         let mut yaml = String::new();
         let mut wanted: Vec<(String, String)> = Vec::new();
@@ -86,10 +95,10 @@ impl Target for Through {
         }
         local.write("filters.yaml", &yaml);
         let proxy = self.proxy.get_or_insert_with(|| {
-            let proxy = local.proxy("web-0").flag("--workers", &1).flag("--log", &"info,filter=trace").start();
+            let proxy = local.proxy("web-0").flag("--workers", &workers).flag("--log", &"info,filter=trace").start();
             proxy.ready()
         });
-        // A first request makes the proxy ask for the service, and with it for its filters; its path reaches no filter.
+        // A first request makes the proxy ask for the service, and with it for its filters; at this port none is reached.
         until("the filters are there or refused", || {
             let rows = proxy.admin("/filters").json();
             let rows = rows.as_array()?;
@@ -102,7 +111,7 @@ impl Target for Through {
             };
             let known: Option<Vec<Result<(), String>>> = wanted.iter().map(state).collect();
             if known.is_none() {
-                proxy.call("second", "/wake").header("x-wake", "1").send();
+                proxy.call("reviews:81", "/wake").send();
             }
             known
         })

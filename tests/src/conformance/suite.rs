@@ -12,7 +12,9 @@ use super::guests::directory;
 static SUITE: LazyLock<Suite> = LazyLock::new(|| {
     let path = directory().join("cases.toml");
     let text = fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
-    toml::from_str(&text).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+    let mut suite: Suite = toml::from_str(&text).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    suite.settle();
+    suite
 });
 
 /// Every case, in order of the file.
@@ -38,6 +40,7 @@ pub fn case(number: u32) -> Vec<&'static Case> {
 /// Where one is not listed, or one that is listed is not seen any more.
 #[track_caller]
 pub fn check_peer(case: &Case, seen: &Differences) {
+    let seen: Vec<String> = seen.iter().map(ToString::to_string).collect();
     let listed = case.envoy.as_ref().map(|peer| peer.differs.clone()).unwrap_or_default();
     if let Some(file) = std::env::var_os("OUTRIGGER_RECORD_PEER") {
         let line = serde_json::json!({"number": case.number, "name": case.name, "differs": seen});
@@ -64,7 +67,11 @@ pub fn table() -> String {
             Some(peer) if peer.skip => format!("not run: {}", peer.reason),
             Some(peer) => format!("differs: {}", peer.reason),
         };
-        let here = case.missing.as_ref().map_or_else(|| "yes".to_owned(), |what| format!("missing: {what}"));
+        let here = match (&case.proxy_only, case.is_traffic()) {
+            (Some(_), _) => "through the proxy",
+            (None, true) => "in process, through the proxy",
+            (None, false) => "in process",
+        };
         let _ = writeln!(out, "| {} | {} | {here} | {envoy} |", case.number, case.name);
     }
     out

@@ -4,13 +4,14 @@ use std::collections::BTreeMap;
 use std::io::{self, BufReader};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, SockaddrIn, bind, getsockname, socket};
 use outrigger_proxy::filter::cases::{
-    Case, Differences, FilterSpec, Reply, Request, Seen, SeenRequest, SeenResponse, Service, Step, compare,
+    Case, Difference, Differences, FilterSpec, Reply, Request, Seen, SeenRequest, SeenResponse, Service, Step, compare,
     compare_refusal, compare_start,
 };
 
@@ -106,6 +107,10 @@ impl World {
 
     /// Runs a case and returns what differs from its expectations.
     pub fn run(&self, case: &Case, target: &mut dyn Target) -> Differences {
+        // Timers begin when the filters do: what they call answers from then on.
+        if let Some(first) = case.steps.first() {
+            self.play(first);
+        }
         let refusal = target.load(&case.filters, self).err();
         let mut mark = 0;
         if refusal.is_none() && !case.start.log.is_empty() {
@@ -117,30 +122,40 @@ impl World {
             return out;
         }
         for (index, step) in case.steps.iter().enumerate() {
+            if index > 0 {
+                self.play(step);
+            }
             let seen = self.step(case, step, target, &mut mark, &mut out);
             let name = if step.name.is_empty() { format!("step {}", index + 1) } else { step.name.clone() };
-            out.extend(compare(&step.expect, &seen).into_iter().map(|line| format!("{name}: {line}")));
+            out.extend(compare(&step.expect, &seen).into_iter().map(|difference| difference.of(&name)));
             if let Some(how) = target.ended() {
-                out.push(format!("{name}: host: running → {how}"));
+                out.push(Difference::new("host", "running", how).of(&name));
                 break;
             }
         }
         out
     }
 
+    /// From now on servers answer as a step says, and note what comes.
+    fn play(&self, step: &Step) {
+        let mut script = self.script.lock().expect("script");
+        script.reply = step.upstream.clone();
+        script.services.clone_from(&step.services);
+        script.upstream.clear();
+        script.called.clear();
+    }
+
     fn step(&self, case: &Case, step: &Step, target: &mut dyn Target, mark: &mut usize, out: &mut Differences) -> Seen {
-        {
-            let mut script = self.script.lock().expect("script");
-            script.reply = step.upstream.clone();
-            script.services.clone_from(&step.services);
-            script.upstream.clear();
-            script.called.clear();
-        }
         if let Some(update) = &step.update {
             let refusal = target.load(update, self).err();
             compare_refusal(&step.expect.refused, refusal.as_deref(), target.words(), out);
         }
-        let response = step.request.as_ref().and_then(|request| self.exchange(case, step, request, target));
+        let response = step.request.as_ref().and_then(|request| {
+            if request.times > 1 {
+                crowd(target.address(), request);
+            }
+            self.exchange(case, step, request, target)
+        });
         thread::sleep(Duration::from_millis(step.wait_ms));
         let lines = || split(case, &target.log()).1.len();
         settle_lines(&lines, *mark + step.expect.log.len(), step.expect.more_log, target.patience());
@@ -148,7 +163,8 @@ impl World {
         *mark += log.len();
         let metrics = target.metrics(&step.expect.metrics.keys().collect::<Vec<_>>());
         let script = self.script.lock().expect("script");
-        Seen { response, upstream: script.upstream.clone(), called: script.called.clone(), log, metrics }
+        let (upstream, called) = (script.upstream.clone(), script.called.clone());
+        Seen { response, upstream, called, log, metrics, ..Seen::default() }
     }
 
     fn exchange(&self, case: &Case, step: &Step, request: &Request, target: &mut dyn Target) -> Option<SeenResponse> {
@@ -169,6 +185,21 @@ impl World {
             client.join().expect("client")
         })
     }
+}
+
+/// Sends a request as often as it says, but once: over several connections at a time, so that every worker has some.
+fn crowd(address: SocketAddr, request: &Request) {
+    let left = AtomicUsize::new(request.times - 1);
+    let another = || left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1)).is_ok();
+    thread::scope(|scope| {
+        for _ in 0..8 {
+            scope.spawn(|| {
+                while another() {
+                    wire::exchange(address, request, &|| {});
+                }
+            });
+        }
+    });
 }
 
 fn sign(lines: &Mutex<usize>) {

@@ -91,6 +91,12 @@ fn explain(path: &serde_path_to_error::Path, message: &str) -> Bad {
             Segment::Enum { .. } | Segment::Unknown => {}
         }
     }
+    explain_at(&field, message)
+}
+
+/// The same for a field that is known.
+pub(super) fn explain_at(field: &str, message: &str) -> Bad {
+    let mut field = field.to_owned();
     let quoted: Vec<&str> = message.split('`').skip(1).step_by(2).collect();
     if message.starts_with("unknown field") {
         let (name, known) = quoted.split_first().map_or(("", &[][..]), |(name, known)| (*name, known));

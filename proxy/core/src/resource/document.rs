@@ -67,6 +67,11 @@ impl Lines {
         Self { first, by_path: HashMap::new() }
     }
 
+    /// The field is written.
+    pub(crate) fn has(&self, path: &str) -> bool {
+        self.by_path.contains_key(path)
+    }
+
     /// The line of a field, or of the nearest field around it.
     pub(crate) fn of(&self, path: &str) -> u32 {
         let mut path = path;

@@ -41,7 +41,7 @@ pub(super) fn push(chain: &Chain, flow: Flow, inputs: &mut VecDeque<Input>) -> b
 }
 
 /// `name: value` lines as fields; what is none is left out.
-fn fields(lines: &[String]) -> HeaderMap {
+pub(super) fn fields(lines: &[String]) -> HeaderMap {
     let field = |line: &String| {
         let (name, value) = pair(line);
         Some((HeaderName::try_from(name).ok()?, HeaderValue::from_str(value?).ok()?))
@@ -49,7 +49,7 @@ fn fields(lines: &[String]) -> HeaderMap {
     lines.iter().filter_map(field).collect()
 }
 
-fn seen_fields(fields: &HeaderMap) -> Headers {
+pub(super) fn seen_fields(fields: &HeaderMap) -> Headers {
     let text = |value: &HeaderValue| String::from_utf8_lossy(value.as_bytes()).into_owned();
     fields.iter().map(|(name, value)| (name.as_str().to_owned(), text(value))).collect()
 }
@@ -86,6 +86,8 @@ struct Exchange<'a> {
     answered: bool,
     client: SeenResponse,
     over: bool,
+    /// Why filters failed
+    notes: Vec<String>,
 }
 
 /// Drives an exchange to its end; one that stands `still` for so long is over. `during` runs when the application has the request, before it answers.
@@ -106,6 +108,7 @@ pub(super) async fn drive(
         answered: false,
         client: SeenResponse::default(),
         over: false,
+        notes: Vec::new(),
     };
     let head = request_head(request);
     let body = has_body(&head.headers, &request.body, &request.trailers);
@@ -146,6 +149,7 @@ pub(super) async fn drive(
         }
         chain.settle();
     }
+    seen.notes.append(&mut exchange.notes);
     seen.upstream.extend(exchange.upstream.take().filter(|_| exchange.upstream_done));
     if request.method == "HEAD" {
         exchange.client.body.clear();
@@ -254,7 +258,10 @@ impl Exchange<'_> {
                 self.over = true;
                 return true;
             }
-            Some(Stop::Failed(_)) => StatusCode::SERVICE_UNAVAILABLE,
+            Some(Stop::Failed(failed)) => {
+                self.notes.push(format!("{} failed: {}", failed.filter, failed.reason));
+                StatusCode::SERVICE_UNAVAILABLE
+            }
             Some(Stop::TooLarge(Flow::Request)) => StatusCode::PAYLOAD_TOO_LARGE,
             Some(Stop::TooLarge(Flow::Response)) => StatusCode::INTERNAL_SERVER_ERROR,
         };

@@ -2,18 +2,22 @@
 //! traffic; the conformance suite runs the same cases through a whole proxy, and through Envoy.
 
 mod bench;
+mod called;
 mod capture;
+mod check;
+mod decode;
 mod drive;
 mod model;
 mod observe;
 mod run;
 
 pub use bench::{Bench, Cost, Costs, bench};
+pub use check::check;
 pub use model::{
     Case, Chunk, Expect, ExpectRequest, ExpectResponse, ExpectUpstream, FilterSpec, Peer, Reply, Request, Service,
     Start, Step, Suite,
 };
 pub use observe::{
-    Differences, Headers, Seen, SeenRequest, SeenResponse, compare, compare_refusal, compare_start, pair,
+    Difference, Differences, Headers, Seen, SeenRequest, SeenResponse, compare, compare_refusal, compare_start, pair,
 };
-pub use run::{Modules, Runner, metric};
+pub use run::{Modules, Outcome, Runner, metric, moment};

@@ -4,16 +4,27 @@ use std::collections::BTreeMap;
 
 use serde::Deserialize;
 
+use super::decode;
+
 /// A file of cases.
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Suite {
-    /// What every case has that does not say otherwise: filters
+    /// The chain of every case that has none of its own
     #[serde(default)]
     pub filters: Vec<FilterSpec>,
     /// In order
-    #[serde(rename = "case", alias = "cases")]
+    #[serde(rename = "cases", alias = "case")]
     pub cases: Vec<Case>,
+}
+
+impl Suite {
+    /// Gives each case what it leaves to the file.
+    pub fn settle(&mut self) {
+        for case in self.cases.iter_mut().filter(|case| case.filters.is_empty()) {
+            case.filters.clone_from(&self.filters);
+        }
+    }
 }
 
 /// One or more filters, and exchanges through them. All steps of a case meet the same instances, one after the other.
@@ -32,8 +43,13 @@ pub struct Case {
     #[serde(default)]
     pub start: Start,
     /// In order
-    #[serde(default, rename = "step", alias = "steps")]
+    #[serde(default, rename = "steps", alias = "step")]
     pub steps: Vec<Step>,
+    /// What filters read from their clocks, RFC 3339: it stands still but for `wait-ms`. Real time if absent. In process only
+    pub clock: Option<String>,
+    /// Workers of a proxy that it runs through; 0: one
+    #[serde(default)]
+    pub workers: usize,
     /// True: it shows what host calls do, so a host whose calls do nothing must fail it
     #[serde(default)]
     pub host_calls: bool,
@@ -41,10 +57,15 @@ pub struct Case {
     pub in_process_only: Option<String>,
     /// Why it needs a whole proxy, or several workers: what runs it in process says so instead
     pub proxy_only: Option<String>,
-    /// What this host still lacks for it
-    pub missing: Option<String>,
     /// What Envoy does otherwise
     pub envoy: Option<Peer>,
+}
+
+impl Case {
+    /// Something happens after the start, and nothing keeps it from going through a whole proxy.
+    pub fn is_traffic(&self) -> bool {
+        self.in_process_only.is_none() && self.clock.is_none() && !self.steps.is_empty()
+    }
 }
 
 /// A filter of the chain.
@@ -56,11 +77,11 @@ pub struct FilterSpec {
     /// Unique in the chain; `filter`, `filter2`, … if absent
     #[serde(default)]
     pub name: String,
-    /// Given to `on_configure`
-    #[serde(default)]
+    /// Given to `on_configure`: a text, or what becomes JSON
+    #[serde(default, deserialize_with = "decode::text_or_json")]
     pub configuration: String,
-    /// Given to `on_vm_start`
-    #[serde(default)]
+    /// Given to `on_vm_start`, likewise
+    #[serde(default, deserialize_with = "decode::text_or_json")]
     pub vm_configuration: String,
     /// Filters of one `vm_id` and one module share an instance
     #[serde(default)]
@@ -138,9 +159,8 @@ pub struct Step {
     pub expect: Expect,
 }
 
-/// Bytes: a text, or one repeated.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
-#[serde(untagged)]
+/// Bytes: a text, or one repeated (`{repeat: x, times: 1000}`).
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Chunk {
     /// As written
     Text(String),
@@ -179,14 +199,19 @@ pub struct Request {
     pub path: String,
     /// `Host`
     pub authority: String,
-    /// `name: value`, in order
+    /// `name: value`, in order; or a mapping
+    #[serde(deserialize_with = "decode::fields")]
     pub headers: Vec<String>,
     /// One chunk each; sent with `content-length` where the headers have it, else chunked
+    #[serde(deserialize_with = "decode::chunks")]
     pub body: Vec<Chunk>,
     /// `name: value`, after the body
+    #[serde(deserialize_with = "decode::fields")]
     pub trailers: Vec<String>,
     /// The client goes away when it has sent its request
     pub disconnect: bool,
+    /// How often it is sent, several at once where there is a network; what is expected of the response is of the last
+    pub times: usize,
 }
 
 impl Default for Request {
@@ -199,6 +224,7 @@ impl Default for Request {
             body: Vec::new(),
             trailers: Vec::new(),
             disconnect: false,
+            times: 1,
         }
     }
 }
@@ -209,11 +235,14 @@ impl Default for Request {
 pub struct Reply {
     /// HTTP status
     pub status: u16,
-    /// `name: value`, in order
+    /// `name: value`, in order; or a mapping
+    #[serde(deserialize_with = "decode::fields")]
     pub headers: Vec<String>,
     /// One chunk each; sent with `content-length` where the headers have it, else chunked
+    #[serde(deserialize_with = "decode::chunks")]
     pub body: Vec<Chunk>,
     /// `name: value`, after the body
+    #[serde(deserialize_with = "decode::fields")]
     pub trailers: Vec<String>,
     /// It never answers
     pub hang: bool,
@@ -239,7 +268,7 @@ pub enum Service {
 }
 
 /// What must come of a step. What is absent is not looked at, except [`Expect::log`].
-#[derive(Debug, Clone, Default, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default, rename_all = "kebab-case")]
 pub struct Expect {
     /// The step's update is refused, and the message contains all of these; what was there before goes on serving
@@ -260,9 +289,8 @@ pub struct Expect {
     pub metrics: BTreeMap<String, i64>,
 }
 
-/// At the application: whether a request came, and which.
-#[derive(Debug, Clone, Deserialize)]
-#[serde(untagged)]
+/// At the application: whether a request came (`true`, `false`), and which.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ExpectUpstream {
     /// `false`: none came
     Came(bool),
@@ -270,25 +298,27 @@ pub enum ExpectUpstream {
     Request(ExpectRequest),
 }
 
-/// What is seen of a response. `name: value` headers: each name named must have just these values, in order; a name alone must
-/// be absent.
-#[derive(Debug, Clone, Default, Deserialize)]
+/// What is seen of a response. `name: value` headers (or a mapping): each name named must have just these values, in order; a name alone
+/// (in a mapping: without a value) must be absent.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct ExpectResponse {
     /// HTTP status
     pub status: Option<u16>,
     /// See above
+    #[serde(deserialize_with = "decode::fields")]
     pub headers: Vec<String>,
     /// All of it
     pub body: Option<Chunk>,
     /// See above
+    #[serde(deserialize_with = "decode::fields")]
     pub trailers: Vec<String>,
     /// The connection or stream ended before the response was complete
     pub reset: bool,
 }
 
 /// What is seen of a request, as in [`ExpectResponse`].
-#[derive(Debug, Clone, Default, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct ExpectRequest {
     /// Which server received it: `reviews`, or another that routes lead to. Where there are no routes, it is not looked at
@@ -300,10 +330,12 @@ pub struct ExpectRequest {
     /// `Host`
     pub authority: Option<String>,
     /// See [`ExpectResponse`]
+    #[serde(deserialize_with = "decode::fields")]
     pub headers: Vec<String>,
     /// All of it
     pub body: Option<Chunk>,
     /// See [`ExpectResponse`]
+    #[serde(deserialize_with = "decode::fields")]
     pub trailers: Vec<String>,
 }
 

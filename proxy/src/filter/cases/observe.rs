@@ -54,18 +54,69 @@ pub struct Seen {
     pub log: Vec<String>,
     /// By the name the filters gave
     pub metrics: BTreeMap<String, i64>,
+    /// Why the step's update was refused, if it was. In process only
+    pub refused: Option<String>,
+    /// What the host itself had to say: failures of instances and their reasons. In process only
+    pub notes: Vec<String>,
 }
 
-/// The differences, one line each: `what: expected → seen`.
-pub type Differences = Vec<String>;
+/// Something that is not as expected.
+#[derive(Debug, Clone, Default, PartialEq, Eq, serde::Serialize)]
+pub struct Difference {
+    /// Of which step; empty: of the start
+    pub step: String,
+    /// What of it, as `status` or `log 2`
+    pub what: String,
+    /// Quoted, and cut where it is long
+    pub expected: String,
+    /// Likewise
+    pub observed: String,
+}
+
+impl std::fmt::Display for Difference {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { step, what, expected, observed } = self;
+        if !step.is_empty() {
+            write!(f, "{step}: ")?;
+        }
+        write!(f, "{what}: {expected} → {observed}")
+    }
+}
+
+impl Difference {
+    /// A difference of no step yet.
+    pub fn new(what: impl Into<String>, expected: impl Into<String>, observed: impl Into<String>) -> Self {
+        Self { step: String::new(), what: what.into(), expected: expected.into(), observed: observed.into() }
+    }
+
+    /// The same, of a step.
+    #[must_use]
+    pub fn of(mut self, step: &str) -> Self {
+        step.clone_into(&mut self.step);
+        self
+    }
+}
+
+/// The differences; each line is `step: what: expected → observed`.
+pub type Differences = Vec<Difference>;
+
+/// Most bytes of a text that are shown.
+const MOST: usize = 200;
 
 fn quote(text: &str) -> String {
-    const MOST: usize = 200;
+    quote_from(text, 0)
+}
+
+/// The text from about there on.
+fn quote_from(text: &str, from: usize) -> String {
     if text.len() <= MOST {
         return format!("{text:?}");
     }
-    let cut = (0..=MOST).rev().find(|at| text.is_char_boundary(*at)).unwrap_or_default();
-    format!("{:?}… ({} bytes)", text.get(..cut).unwrap_or_default(), text.len())
+    let boundary = |at: usize| (0..=at.min(text.len())).rev().find(|at| text.is_char_boundary(*at)).unwrap_or_default();
+    let (from, to) = (boundary(from), boundary(from.saturating_add(MOST)));
+    let before = if from > 0 { "…" } else { "" };
+    let after = if to < text.len() { "…" } else { "" };
+    format!("{before}{:?}{after} ({} bytes)", text.get(from..to).unwrap_or_default(), text.len())
 }
 
 /// Compares one step.
@@ -74,18 +125,18 @@ pub fn compare(expect: &Expect, seen: &Seen) -> Differences {
     if let Some(expected) = &expect.response {
         match &seen.response {
             Some(seen) => response(expected, seen, &mut out),
-            None => out.push("response: expected one → none".into()),
+            None => out.push(Difference::new("response", "one", "none")),
         }
     }
     match &expect.upstream {
         None => {}
         Some(ExpectUpstream::Came(came)) if *came == seen.upstream.is_empty() => {
-            out.push(format!("upstream: {} → {}", requests(usize::from(*came)), requests(seen.upstream.len())));
+            out.push(Difference::new("upstream", requests(usize::from(*came)), requests(seen.upstream.len())));
         }
         Some(ExpectUpstream::Came(_)) => {}
         Some(ExpectUpstream::Request(expected)) => match seen.upstream.as_slice() {
             [one] => request("upstream", expected, one, &mut out),
-            other => out.push(format!("upstream: {} → {}", requests(1), requests(other.len()))),
+            other => out.push(Difference::new("upstream", requests(1), requests(other.len()))),
         },
     }
     if let Some(expected) = &expect.called {
@@ -94,18 +145,19 @@ pub fn compare(expect: &Expect, seen: &Seen) -> Differences {
                 request("called", expected, seen, &mut out);
             }
         } else {
-            out.push(format!("called: {} → {}", requests(expected.len()), requests(seen.called.len())));
+            out.push(Difference::new("called", requests(expected.len()), requests(seen.called.len())));
         }
     }
     let seen_log = if expect.more_log { seen.log.get(..expect.log.len()).unwrap_or(&seen.log) } else { &seen.log };
     log(&expect.log, seen_log, &mut out);
     if let Some(most) = expect.most_log.filter(|most| *most < seen.log.len()) {
-        out.push(format!("log: at most {most} lines → more"));
+        out.push(Difference::new("log", format!("at most {most} lines"), "more"));
     }
     for (name, expected) in &expect.metrics {
         let value = seen.metrics.get(name);
         if value != Some(expected) {
-            out.push(format!("metric {name}: {expected} → {}", value.map_or("none".into(), i64::to_string)));
+            let value = value.map_or("none".into(), i64::to_string);
+            out.push(Difference::new(format!("metric {name}"), expected.to_string(), value));
         }
     }
     out
@@ -122,12 +174,14 @@ fn requests(count: usize) -> String {
 /// Compares a refusal: `None` is none. `words`: the message is this host's own.
 pub fn compare_refusal(expected: &[String], refusal: Option<&str>, words: bool, out: &mut Differences) {
     match (expected.is_empty(), refusal) {
-        (true, Some(message)) if words => out.push(format!("start: accepted → refused: {}", quote(message))),
-        (true, Some(_)) => out.push("start: accepted → refused".into()),
-        (false, None) => out.push("start: refused → accepted".into()),
+        (true, Some(message)) if words => {
+            out.push(Difference::new("start", "accepted", format!("refused: {}", quote(message))));
+        }
+        (true, Some(_)) => out.push(Difference::new("start", "accepted", "refused")),
+        (false, None) => out.push(Difference::new("start", "refused", "accepted")),
         (false, Some(message)) if words => {
             for part in expected.iter().filter(|part| !message.contains(part.as_str())) {
-                out.push(format!("start: refused with {part:?} → {}", quote(message)));
+                out.push(Difference::new("start", format!("refused with {part:?}"), quote(message)));
             }
         }
         (true, None) | (false, Some(_)) => {}
@@ -157,7 +211,7 @@ fn log(expected: &[String], seen: &[String], out: &mut Differences) {
         let (expected, seen) = (expected.get(index), seen.get(index));
         if !same_line(expected, seen) {
             let text = |line: Option<&String>| line.map_or("nothing".to_owned(), |line| quote(line));
-            out.push(format!("log {}: {} → {}", index + 1, text(expected), text(seen)));
+            out.push(Difference::new(format!("log {}", index + 1), text(expected), text(seen)));
         }
     }
 }
@@ -181,14 +235,14 @@ fn same<T: PartialEq + std::fmt::Display>(what: &str, expected: Option<&T>, seen
     if let Some(expected) = expected
         && expected != seen
     {
-        out.push(format!("{what}: {expected} → {seen}"));
+        out.push(Difference::new(what, expected.to_string(), seen.to_string()));
     }
 }
 
 fn response(expected: &ExpectResponse, seen: &SeenResponse, out: &mut Differences) {
     if expected.reset != seen.reset {
         let text = |reset| if reset { "reset" } else { "complete" };
-        out.push(format!("response: {} → {}", text(expected.reset), text(seen.reset)));
+        out.push(Difference::new("response", text(expected.reset), text(seen.reset)));
     }
     same("status", expected.status.as_ref(), &seen.status, out);
     headers("response header", &expected.headers, &seen.headers, out);
@@ -216,7 +270,11 @@ fn body(what: &str, expected: Option<&super::model::Chunk>, seen: &[u8], out: &m
     if let Some(expected) = expected.map(super::model::Chunk::text)
         && expected.as_bytes() != seen
     {
-        out.push(format!("{what}: {} → {}", quote(&expected), quote(&text_of(seen))));
+        // Long bodies are shown from a little before they part.
+        let seen = text_of(seen);
+        let parts = expected.bytes().zip(seen.bytes()).take_while(|(a, b)| a == b).count();
+        let from = if parts < MOST / 2 { 0 } else { parts - MOST / 4 };
+        out.push(Difference::new(what, quote_from(&expected, from), quote_from(&seen, from)));
     }
 }
 
@@ -239,7 +297,7 @@ fn headers(what: &str, expected: &[String], seen: &Headers, out: &mut Difference
     for (name, values) in wanted {
         let have: Vec<&str> = seen.iter().filter(|(of, _)| of == name).map(|(_, value)| value.as_str()).collect();
         if have != values {
-            out.push(format!("{what} {name}: {values:?} → {have:?}"));
+            out.push(Difference::new(format!("{what} {name}"), format!("{values:?}"), format!("{have:?}")));
         }
     }
 }

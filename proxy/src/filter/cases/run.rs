@@ -1,29 +1,36 @@
-//! Runs cases in process: the host that serves traffic, its chains driven without sockets.
+//! Runs cases in process: the host that serves traffic, its chains driven without sockets, the services that filters call played.
 
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::rc::Rc;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use outrigger_proto::mesh;
 use sha2::{Digest, Sha256};
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
 use tracing::Dispatch;
 use tracing_subscriber::layer::SubscriberExt as _;
 
+use super::called::Called;
 use super::capture::Capture;
 use super::drive::drive;
-use super::model::{Case, FilterSpec, Step};
+use super::model::{Case, Expect, FilterSpec, Request, Step};
 use super::observe::{Differences, Seen, compare, compare_refusal, compare_start};
+use crate::filter::wasm::clock;
 use crate::filter::{
-    Chain, Compiler, FilterError, Plugin, Plugins, Settings, StaticConnection, StreamInfo, release_unused, warm,
+    Chain, Compiler, FilterError, Plugin, Plugins, Settings, StaticConnection, StreamInfo, connect, release_unused,
+    warm,
 };
 
 /// The longest that something expected is waited for.
 const PATIENCE: Duration = Duration::from_secs(3);
 /// How long nothing more must come before it is taken that nothing will.
 const QUIET: Duration = Duration::from_millis(15);
+/// How often one looks.
+const LOOK: Duration = Duration::from_millis(2);
 /// CPU time of a callback where the case does not say: far above what a guest needs on a busy machine.
 const CALL_TIME_MS: u64 = 1000;
 
@@ -35,13 +42,47 @@ pub struct Runner<'a> {
     modules: Modules<'a>,
     plugins: Plugins,
     patience: Duration,
-    log: Arc<Mutex<Vec<String>>>,
+    capture: Capture,
+}
+
+/// What came of a case.
+#[derive(Debug, Clone, Default)]
+pub struct Outcome {
+    /// None: as expected
+    pub differences: Differences,
+    /// Of each step that was reached
+    pub steps: Vec<Seen>,
+    /// What filters logged before the first step
+    pub start: Vec<String>,
+    /// Why the filters were refused, if they were
+    pub refused: Option<String>,
+    /// How long the steps took, without loading the filters
+    pub took: Duration,
 }
 
 impl std::fmt::Debug for Runner<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Runner").field("plugins", &self.plugins).finish_non_exhaustive()
     }
+}
+
+/// One case on its way.
+struct Play<'a> {
+    runner: &'a Runner<'a>,
+    called: Rc<Called>,
+    /// What the filters' clocks show, if they are set
+    now: Option<Duration>,
+    plugins: Vec<Arc<Plugin>>,
+}
+
+/// The moment that a case's `clock` names, since the Unix epoch.
+///
+/// # Errors
+/// What is wrong with it.
+pub fn moment(clock: &str) -> Result<Duration, String> {
+    let wrong = |why: &dyn std::fmt::Display| format!("clock: {clock:?} is no time like 2026-01-01T00:00:00Z: {why}");
+    let time = OffsetDateTime::parse(clock, &Rfc3339).map_err(|error| wrong(&error))?;
+    Duration::try_from(time - OffsetDateTime::UNIX_EPOCH).map_err(|_| wrong(&"it is before 1970"))
 }
 
 impl<'a> Runner<'a> {
@@ -54,108 +95,164 @@ impl<'a> Runner<'a> {
         let settings = Settings { compiler: Compiler::InProcess, cache: cache.to_owned() };
         // What does not happen is waited for only where it should happen.
         let patience = if hollow.is_empty() { PATIENCE } else { PATIENCE / 20 };
-        Ok(Self { modules, plugins: Plugins::hollow(settings, hollow)?, patience, log: Arc::default() })
+        Ok(Self { modules, plugins: Plugins::hollow(settings, hollow)?, patience, capture: Capture::default() })
     }
 
-    /// Runs a case, and returns what differs from its expectations.
+    /// Runs a case on the calling thread.
     ///
     /// # Errors
-    /// When the calling thread cannot have a runtime.
-    pub fn run(&self, case: &Case) -> std::io::Result<Differences> {
-        let (differences, _) = self.observe(case)?;
-        Ok(differences)
-    }
-
-    /// Runs a case, and returns what differs from its expectations, and what was seen of each step.
-    ///
-    /// # Errors
-    /// When the calling thread cannot have a runtime.
-    pub fn observe(&self, case: &Case) -> std::io::Result<(Differences, Vec<Seen>)> {
-        let lines = Dispatch::new(tracing_subscriber::registry().with(Capture(Arc::clone(&self.log))));
+    /// When the thread cannot have a runtime, or the case's clock is no time.
+    pub fn run(&self, case: &Case) -> std::io::Result<Outcome> {
+        let now = case.clock.as_deref().map(moment).transpose().map_err(std::io::Error::other)?;
+        let lines = Dispatch::new(tracing_subscriber::registry().with(self.capture.clone()));
         let _guard = tracing::dispatcher::set_default(&lines);
-        // Filters are tried on threads of the runtime, and what they say there counts too.
-        let begin = move || std::mem::forget(tracing::dispatcher::set_default(&lines));
+        // Filters are tried on threads of the runtime: what they say there counts too, and they read the same clock.
+        let begin = move || {
+            std::mem::forget(tracing::dispatcher::set_default(&lines));
+            clock::set(now);
+        };
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().on_thread_start(begin).build()?;
         let tasks = tokio::task::LocalSet::new();
-        self.take();
-        let result = tasks.block_on(&runtime, self.all(case));
-        release_unused();
-        Ok(result)
+        self.capture.take_lines();
+        self.capture.take_notes();
+        let called = Rc::<Called>::default();
+        connect(Some(called.clone()));
+        clock::set(now);
+        let mut play = Play { runner: self, called, now, plugins: Vec::new() };
+        let outcome = tasks.block_on(&runtime, play.all(case));
+        drop(play);
+        // Filters end here, and may still use what is connected.
+        tasks.block_on(&runtime, async { release_unused() });
+        connect(None);
+        clock::set(None);
+        Ok(outcome)
     }
+}
 
-    async fn all(&self, case: &Case) -> (Differences, Vec<Seen>) {
-        let loaded = self.load(&case.filters).await;
-        let mut out = compare_start(&case.start, loaded.as_ref().err().map(String::as_str), &self.take(), true);
-        let mut all = Vec::new();
-        let Ok(mut plugins) = loaded else { return (out, all) };
+impl Play<'_> {
+    async fn all(&mut self, case: &Case) -> Outcome {
+        let capture = &self.runner.capture;
+        let loaded = self.runner.load(&case.filters).await;
+        let start = capture.take_lines();
+        let refused = loaded.as_ref().err().cloned();
+        let differences = compare_start(&case.start, refused.as_deref(), &start, true);
+        let mut outcome = Outcome { differences, start, refused, ..Outcome::default() };
+        let Ok(plugins) = loaded else { return outcome };
+        self.plugins = plugins;
+        let started = Instant::now();
         for (index, step) in case.steps.iter().enumerate() {
             let name = if step.name.is_empty() { format!("step {}", index + 1) } else { step.name.clone() };
-            let mut seen = self.step(step, &mut plugins, &mut out).await;
+            let mut differences = Differences::new();
+            let mut seen = self.step(step, &mut differences).await;
             seen.log.retain(|line| !case.start.log.contains(line));
-            out.extend(compare(&step.expect, &seen).into_iter().map(|line| format!("{name}: {line}")));
-            all.push(seen);
+            differences.extend(compare(&step.expect, &seen));
+            outcome.differences.extend(differences.into_iter().map(|difference| difference.of(&name)));
+            outcome.steps.push(seen);
         }
-        drop(plugins);
-        (out, all)
+        outcome.took = started.elapsed();
+        outcome
     }
 
-    async fn step(&self, step: &Step, plugins: &mut Vec<Arc<Plugin>>, out: &mut Differences) -> Seen {
+    async fn step(&mut self, step: &Step, out: &mut Differences) -> Seen {
+        self.called.play(&step.services);
+        let mut seen = Seen::default();
         if let Some(update) = &step.update {
-            match self.load(update).await {
+            match self.runner.load(update).await {
                 Ok(new) => {
                     compare_refusal(&step.expect.refused, None, true, out);
-                    *plugins = new;
+                    self.plugins = new;
                     release_unused();
                 }
-                Err(refusal) => compare_refusal(&step.expect.refused, Some(&refusal), true, out),
+                Err(refusal) => {
+                    compare_refusal(&step.expect.refused, Some(&refusal), true, out);
+                    seen.refused = Some(refusal);
+                }
             }
         }
-        let mut seen = Seen::default();
         if let Some(request) = &step.request {
-            let connection = StaticConnection {
-                source: Some(([127, 0, 0, 1], 51314).into()),
-                destination: Some(([127, 0, 0, 1], 15001).into()),
-                id: 1,
-                workload: "filters".into(),
-                namespace: "demo".into(),
-                ..StaticConnection::default()
-            };
-            let mut info = StreamInfo::new(Rc::new(connection), Instant::now());
-            info.service = Some("demo/reviews".into());
-            let chain = Chain::new(plugins, info);
-            let during = async {
-                if let Some(update) = &step.update_during
-                    && let Ok(new) = self.load(update).await
-                {
-                    *plugins = new;
-                }
-            };
-            drive(&chain, request, &step.upstream, during, self.patience, &mut seen).await;
-            chain.done();
-            drop(chain);
+            for _ in 0..request.times.max(1) {
+                self.exchange(step, request, &mut seen).await;
+            }
         }
-        tokio::time::sleep(Duration::from_millis(step.wait_ms)).await;
-        self.settle(step).await;
-        seen.log = self.take();
-        seen.metrics = self.metrics(step);
+        self.pass(Duration::from_millis(step.wait_ms)).await;
+        self.settle(&step.expect).await;
+        seen.log = self.runner.capture.take_lines();
+        for note in self.runner.capture.take_notes() {
+            if !seen.notes.contains(&note) {
+                seen.notes.push(note);
+            }
+        }
+        seen.called = self.called.take();
+        seen.metrics = self.runner.metrics();
         seen
     }
 
-    /// Waits until the expected lines are there, and then until no more come.
-    async fn settle(&self, step: &Step) {
+    async fn exchange(&mut self, step: &Step, request: &Request, seen: &mut Seen) {
+        let connection = StaticConnection {
+            source: Some(([127, 0, 0, 1], 51314).into()),
+            destination: Some(([127, 0, 0, 1], 15001).into()),
+            id: 1,
+            workload: "filters".into(),
+            namespace: "demo".into(),
+            ..StaticConnection::default()
+        };
+        let mut info = StreamInfo::new(Rc::new(connection), Instant::now());
+        info.service = Some("demo/reviews".into());
+        let chain = Chain::new(&self.plugins, info);
+        let (runner, plugins) = (self.runner, &mut self.plugins);
+        let during = async {
+            if let Some(update) = &step.update_during
+                && let Ok(new) = runner.load(update).await
+            {
+                *plugins = new;
+            }
+        };
+        drive(&chain, request, &step.upstream, during, runner.patience, seen).await;
+        chain.done();
+    }
+
+    /// Lets time pass, as a worker does: what ends, ends meanwhile.
+    async fn pass(&mut self, time: Duration) {
         let started = Instant::now();
-        while self.lines() < step.expect.log.len() && started.elapsed() < self.patience {
+        loop {
+            let passed = started.elapsed().min(time);
+            if let Some(now) = self.now {
+                clock::set(Some(now + passed));
+            }
+            if passed == time {
+                break;
+            }
+            tokio::time::sleep(LOOK.min(time - passed)).await;
             release_unused();
-            tokio::time::sleep(Duration::from_millis(2)).await;
         }
-        if !step.expect.more_log {
+        self.now = self.now.map(|now| now + time);
+    }
+
+    /// Waits until what is expected is there, and then until no more comes.
+    async fn settle(&self, expect: &Expect) {
+        let runner = self.runner;
+        let there = || {
+            let called = expect.called.as_ref().is_none_or(|called| called.len() <= self.called.count());
+            called && expect.log.len() <= runner.capture.said().lines.len()
+        };
+        let started = Instant::now();
+        while !there() && started.elapsed() < runner.patience {
+            release_unused();
+            tokio::time::sleep(LOOK).await;
+        }
+        if !expect.more_log {
             tokio::time::sleep(QUIET).await;
         }
     }
+}
 
-    fn metrics(&self, step: &Step) -> BTreeMap<String, i64> {
-        let text = String::new();
-        step.expect.metrics.keys().filter_map(|name| Some((name.clone(), metric(&text, name)?))).collect()
+impl Runner<'_> {
+    /// Every metric that filters defined; a histogram's value is its count.
+    fn metrics(&self) -> BTreeMap<String, i64> {
+        let mut text = String::new();
+        self.plugins.custom_metrics(&mut text);
+        let names = text.lines().filter_map(|line| Some(line.split_once("name=\"")?.1.split_once('"')?.0));
+        names.filter_map(|name| Some((name.to_owned(), metric(&text, name)?))).collect()
     }
 
     /// Prepares a chain and starts its instances, as a worker does.
@@ -170,14 +267,6 @@ impl<'a> Runner<'a> {
         }
         plugins.iter().for_each(warm);
         Ok(plugins)
-    }
-
-    fn lines(&self) -> usize {
-        self.log.lock().unwrap_or_else(PoisonError::into_inner).len()
-    }
-
-    fn take(&self) -> Vec<String> {
-        std::mem::take(&mut *self.log.lock().unwrap_or_else(PoisonError::into_inner))
     }
 }
 

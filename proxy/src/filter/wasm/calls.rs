@@ -1,14 +1,12 @@
 //! The host functions of module `env`.
 
-use std::time::{SystemTime, UNIX_EPOCH};
-
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 use wasmtime::{Caller, Engine, FuncType, Linker, ValType};
 
 use super::super::{Flow, LocalResponse, View};
 use super::abi::{Abi, Status, deserialize_pairs};
-use super::host::{Call, Fault, Host, Phase, give, log_level, read, slice, split, write, write_u32};
-use super::{buffers, callouts, maps, properties, sharing};
+use super::host::{Call, End, Fault, Host, Phase, give, log_level, read, slice, split, write, write_u32};
+use super::{buffers, callouts, clock, maps, properties, sharing};
 
 /// Largest body of a local response, bytes.
 const LOCAL_BODY: usize = 1024 * 1024;
@@ -105,8 +103,7 @@ fn get_log_level(caller: Guest<'_, '_>, out: u32) -> Call {
 }
 
 fn current_time(caller: Guest<'_, '_>, out: u32) -> Call {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos();
-    write(caller, out, &u64::try_from(now).unwrap_or(u64::MAX).to_le_bytes())
+    write(caller, out, &u64::try_from(clock::wall().as_nanos()).unwrap_or(u64::MAX).to_le_bytes())
 }
 
 fn get_configuration(caller: Guest<'_, '_>, ptr: u32, len: u32) -> Call {
@@ -183,8 +180,13 @@ fn set_effective_context(caller: Guest<'_, '_>, id: u32) -> Call {
 }
 
 /// Nothing defers the end of a context yet, so nothing is ever pending.
-fn done(_: Guest<'_, '_>) -> Call {
-    Err(Status::NotFound.into())
+/// Ends a root context that put off its end. Streams end by themselves.
+fn done(caller: Guest<'_, '_>) -> Call {
+    let host = caller.data_mut();
+    let id = host.effective;
+    let root = host.roots.iter_mut().find(|root| root.id == id && root.end == End::PutOff).ok_or(Status::NotFound)?;
+    root.end = End::Done;
+    Ok(())
 }
 
 fn continue_stream(caller: Guest<'_, '_>, kind: u32) -> Call {

@@ -216,10 +216,21 @@ pub(super) struct Root {
     pub(super) id: u32,
     pub(super) spec: Arc<Spec>,
     pub(super) counters: Arc<Counters>,
-    /// It called `proxy_done`
-    pub(super) done: bool,
+    /// Whether it ends
+    pub(super) end: End,
     /// To whom its failures are told
     pub(super) plugin: std::sync::Weak<Plugin>,
+}
+
+/// How far the end of a root context is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum End {
+    /// Not in sight
+    No,
+    /// Its `on_done` said that it needs longer
+    PutOff,
+    /// Then it called `proxy_done`
+    Done,
 }
 
 /// A live context.

@@ -11,7 +11,7 @@ use wasmtime::{Instance as WasmInstance, InstancePre, Store, Trap, TypedFunc, Up
 
 use super::super::{Event, Flow, View};
 use super::callbacks::Callbacks;
-use super::host::{Context, Counters, Host, Phase, Root, Spec};
+use super::host::{Context, Counters, End, Host, Phase, Root, Spec};
 use super::outside::Tasks;
 use super::ticker::{Ticker, Watch};
 
@@ -159,7 +159,7 @@ impl Instance {
         let (id, root) = self.with(|inner| {
             let id = take_id(inner);
             let host = inner.store.data_mut();
-            let root = Root { id, spec: Arc::clone(spec), counters, done: false, plugin: std::sync::Weak::new() };
+            let root = Root { id, spec: Arc::clone(spec), counters, end: End::No, plugin: std::sync::Weak::new() };
             let index = match host.roots.iter().position(|root| root.id == 0) {
                 Some(free) => {
                     if let Some(place) = host.roots.get_mut(free) {
@@ -213,13 +213,16 @@ impl Instance {
             Some(done) => done.call(store, id).map(|done| done != 0),
             None => Ok(true),
         })?;
-        Ok(done || self.root_done(root))
+        if !done {
+            self.host(|host| host.roots.get_mut(root).map(|root| root.end = End::PutOff));
+        }
+        Ok(done)
     }
 
     /// The plugin called `proxy_done`.
     pub(super) fn root_done(&self, root: usize) -> bool {
         let Ok(inner) = self.inner.try_borrow() else { return false };
-        inner.store.data().roots.get(root).is_none_or(|root| root.done)
+        inner.store.data().roots.get(root).is_none_or(|root| root.end == End::Done)
     }
 
     /// `on_delete` of a plugin.

@@ -9,6 +9,7 @@ mod cache;
 mod callbacks;
 mod callouts;
 mod calls;
+pub(super) mod clock;
 mod counting;
 mod engine;
 mod foreign;

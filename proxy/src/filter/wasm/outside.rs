@@ -22,6 +22,8 @@ use crate::http::{Made, Place};
 
 /// Shortest time until an instance is started in the place of one that failed.
 const AGAIN: Duration = Duration::from_millis(10);
+/// How much later than a gRPC call's time the worker gives up by itself.
+const LATE: Duration = Duration::from_secs(1);
 
 /// The body of an answer.
 pub type AnswerBody = std::pin::Pin<Box<dyn Body<Data = Bytes, Error = Box<dyn std::error::Error + Send + Sync>>>>;
@@ -39,7 +41,7 @@ pub struct CallOut {
     pub head: http::request::Parts,
     /// Body
     pub(crate) body: Made,
-    /// Until the response's head
+    /// Until the response's head: one that is late is answered in its place
     pub timeout: Duration,
 }
 
@@ -164,15 +166,22 @@ async fn listen(instance: Weak<Instance>) {
 /// Makes a call and tells what comes of it.
 async fn make(instance: Weak<Instance>, outside: Rc<dyn Outside>, call: Box<Outgoing>) {
     let Outgoing { id, root, kind, upstream, place, head, body, timeout } = *call;
-    let sending = outside.send(CallOut { upstream, place, head, body, timeout });
+    let deadline = tokio::time::Instant::now() + timeout;
+    // A gRPC call that is late has a status of its own, which is told here: before it comes as a response.
+    let head_timeout = if kind == Kind::Call { timeout + LATE } else { timeout };
+    let sending = outside.send(CallOut { upstream, place, head, body, timeout: head_timeout });
     let of = Caller { instance, root, id };
     match kind {
+        // No head in time is a response too (504), so only the rest is waited for here.
         Kind::Http => {
-            let answer = tokio::time::timeout(timeout, async { gather(sending.await?).await }).await;
-            of.http(answer.unwrap_or_else(|_| Err("timeout".into())).ok());
+            let answer = match sending.await {
+                Ok(response) => tokio::time::timeout_at(deadline, gather(response)).await.ok().and_then(Result::ok),
+                Err(_) => None,
+            };
+            of.http(answer);
         }
         Kind::Call => {
-            let answer = tokio::time::timeout(timeout, async { gather(sending.await?).await }).await;
+            let answer = tokio::time::timeout_at(deadline, async { gather(sending.await?).await }).await;
             of.unary(answer.map_err(|_| GrpcStatus::new(4, "the call's time is over")));
         }
         Kind::Stream => of.stream(sending.await).await,

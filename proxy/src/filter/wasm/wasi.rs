@@ -1,10 +1,9 @@
 //! WASI preview 1 for guests: stubs by hand. No files, no sockets, no environment but the configured one.
 
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
-
 use wasmtime::{Caller, Linker, Val};
 
 use super::calls::signature;
+use super::clock;
 use super::host::{Call, Fault, Host, read, split, write, write_u32};
 
 const BADF: i32 = 8;
@@ -144,10 +143,9 @@ fn fd_fdstat_get(guest: &mut Caller<'_, Host>, fd: u32, out: u32) -> Call<i32> {
 }
 
 fn clock_time_get(guest: &mut Caller<'_, Host>, id: u32, out: u32) -> Call<i32> {
-    static START: std::sync::OnceLock<Instant> = std::sync::OnceLock::new();
     let now = match id {
-        0 => SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default(),
-        1 => START.get_or_init(Instant::now).elapsed(),
+        0 => clock::wall(),
+        1 => clock::monotonic(),
         _ => return Ok(NOTSUP),
     };
     write(guest, out, &u64::try_from(now.as_nanos()).unwrap_or(u64::MAX).to_le_bytes())?;
