@@ -94,7 +94,7 @@ asc() {
         say "installing AssemblyScript $assemblyscript with npm" >&2
         mkdir -p "$cache/npm"
         # Others may be building too.
-        flock "$cache/npm" npm install --silent --no-audit --no-fund --prefix "$cache/npm" "assemblyscript@$assemblyscript" >&2 ||
+        flock "$cache/npm" npm install --silent --no-audit --no-fund --prefer-offline --prefix "$cache/npm" "assemblyscript@$assemblyscript" >&2 ||
             fail "npm could not install assemblyscript@$assemblyscript: is its registry reachable?"
     fi
     echo "$at/bin/asc.js"
@@ -108,7 +108,7 @@ build_assemblyscript() {
         compiler=node_modules/assemblyscript/bin/asc.js
         if [ ! -f "$1/$compiler" ] || [ "$1/package.json" -nt "$1/node_modules" ]; then
             say "installing what package.json names with npm"
-            (cd "$1" && npm install --silent --no-audit --no-fund && touch node_modules) ||
+            (cd "$1" && npm install --silent --no-audit --no-fund --prefer-offline && touch node_modules) ||
                 fail "npm install failed in $1: is its registry reachable?"
             [ -f "$1/$compiler" ] || fail "$1/package.json does not name assemblyscript among its devDependencies"
         fi

@@ -97,6 +97,8 @@ fn made(language: &str) -> TempDir {
     let greeting = ["--configuration", "{\"greeting\": \"hello\"}"];
     let loads = filter(&project, &[&["inspect", "build/my_filter.wasm"], &greeting[..]].concat());
     assert!(loads.status.success(), "{loads:?}");
+    let tested = filter(&project, &["test"]);
+    assert!(tested.status.success() && text(&tested.stdout).contains("4 passed"), "{tested:?}");
     let refused =
         filter(&project, &["inspect", "build/my_filter.wasm", "--configuration", "{\"greetings\": \"hello\"}"]);
     assert!(!refused.status.success() && text(&refused.stderr).contains("unknown field `greetings`"), "{refused:?}");
@@ -104,7 +106,7 @@ fn made(language: &str) -> TempDir {
 }
 
 #[test]
-fn a_new_filter_in_rust_builds_and_loads() {
+fn a_new_filter_in_rust_builds_and_passes_its_cases() {
     let directory = made("rust");
     // What is there is not written over.
     let again = filter(directory.path(), &["new", "my-filter"]);
@@ -112,7 +114,7 @@ fn a_new_filter_in_rust_builds_and_loads() {
 }
 
 #[test]
-fn a_new_filter_in_assemblyscript_builds_and_loads() {
+fn a_new_filter_in_assemblyscript_builds_and_passes_its_cases() {
     made("assemblyscript");
 }
 
@@ -248,6 +250,20 @@ fn a_traced_trap_is_told_and_goes_by_the_policy() {
     running.says("proxy_on_request_headers → trap: ");
 }
 
+/// Runs an example's own cases.
+fn passes_its_cases(name: &str) {
+    let modules = example_filter(name).parent().unwrap().display().to_string();
+    let cases = concat!(env!("CARGO_MANIFEST_DIR"), "/../filters/").to_owned() + name;
+    let tested = filter(Path::new("."), &["test", &cases, "--modules", &modules]);
+    assert!(tested.status.success(), "{}", text(&tested.stdout));
+}
+
+#[test]
+fn the_examples_in_other_languages_pass_their_cases() {
+    passes_its_cases("request-id");
+    passes_its_cases("maintenance");
+}
+
 #[test]
 fn the_example_in_assemblyscript_makes_ids_for_the_application_and_the_client() {
     let module = std::fs::read(example_filter("request-id")).unwrap();
@@ -312,6 +328,18 @@ fn bench_measures_beside_an_empty_filter_and_a_baseline() {
     assert!(second.status.success() && table.contains("BASELINE") && table.contains("CHANGE"), "{second:?}");
     let memory = table.lines().find(|line| line.starts_with("memory")).unwrap();
     assert!(memory.contains("256.0 KiB") && memory.contains('+'), "{table}");
+
+    // The requests of cases: one of ten headers costs more than one of none.
+    let cases = |headers: &str| {
+        let text = format!("cases:\n- name: a\n  steps:\n  - request: {{headers: {headers}}}\n");
+        std::fs::write(directory.path().join("cases.yaml"), text).unwrap();
+        let args = ["bench", "f.wasm", "--cases", "cases.yaml", "-o", "json"];
+        let run = filter(directory.path(), &[&args, &quick[..]].concat());
+        assert!(run.status.success(), "{run:?}");
+        json(&run)["measured"]["empty"]["allocations"].as_f64().unwrap()
+    };
+    let many: Vec<String> = (0..40).map(|n| format!("\"x-{n}: 1\"")).collect();
+    assert!(cases(&format!("[{}]", many.join(", "))) >= cases("[]"));
 
     // What cannot be measured is said.
     Guest::new("0_2_1").on_headers("request", "unreachable").write(&file);

@@ -3,9 +3,10 @@
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use anyhow::{Context as _, anyhow};
+use anyhow::{Context as _, anyhow, ensure};
+use outrigger_core::resource::Located;
 use outrigger_proxy::filter::Settings;
-use outrigger_proxy::filter::cases::{Bench, Chunk, Cost, Costs, Reply, Request, bench};
+use outrigger_proxy::filter::cases::{Bench, Chunk, Cost, Costs, Reply, Request, Suite, bench};
 use serde::{Deserialize, Serialize};
 
 use super::host;
@@ -23,6 +24,9 @@ pub(super) struct Args {
     /// Its configuration: a text, or @FILE
     #[arg(long, value_name = "TEXT|@FILE")]
     configuration: Option<String>,
+    /// Send the requests of these cases in turn, and answer as they say; their first filter's configuration is the default
+    #[arg(long, value_name = "FILE")]
+    cases: Option<PathBuf>,
     /// Compare with what an earlier run saved
     #[arg(long, value_name = "FILE")]
     baseline: Option<PathBuf>,
@@ -51,17 +55,23 @@ struct Saved {
 
 pub(super) fn run(args: &Args, global: &Global) -> anyhow::Result<ExitCode> {
     let module = host::read_module(&args.file)?;
-    let configuration = host::configuration(args.configuration.as_deref())?;
+    let mut sent = Sent { exchanges: vec![exchange()], configuration: Vec::new(), left_out: 0 };
+    if let Some(file) = &args.cases {
+        sent = of_cases(file)?;
+    }
+    let configuration = match &args.configuration {
+        Some(given) => host::configuration(Some(given))?,
+        None => sent.configuration,
+    };
     let baseline = args.baseline.as_deref().map(read).transpose()?;
     // What it logs is work of its own, and not what is measured.
     host::log("error", false)?;
-    let exchanges = [exchange()];
     let scratch = tempfile::tempdir().context("cannot make a temporary directory")?;
     let settings = Settings { compiler: host::compiler()?, cache: scratch.path().join("cache") };
     let what = Bench {
         module: module.into(),
         configuration: configuration.into(),
-        exchanges: &exchanges,
+        exchanges: &sent.exchanges,
         requests: usize::try_from(args.requests)?,
         rounds: usize::try_from(args.rounds)?,
     };
@@ -76,14 +86,17 @@ pub(super) fn run(args: &Args, global: &Global) -> anyhow::Result<ExitCode> {
     let saved = Saved {
         version: env!("CARGO_PKG_VERSION").into(),
         debug: cfg!(debug_assertions),
-        exchanges: exchanges.len(),
+        exchanges: sent.exchanges.len(),
         costs,
     };
     if let Some(file) = &args.save {
         let text = serde_json::to_string_pretty(&saved)?;
         std::fs::write(file, text + "\n").with_context(|| format!("--save {}", file.display()))?;
     }
-    let notes = notes(&saved, baseline.as_ref());
+    let mut notes = notes(&saved, baseline.as_ref());
+    if sent.left_out > 0 {
+        notes.push(format!("{} steps are left out: they need others to play, or never end", sent.left_out));
+    }
     match global.output {
         Format::Json => output::json(&serde_json::json!({
             "measured": saved, "baseline": baseline, "notes": notes,
@@ -102,6 +115,36 @@ pub(super) fn run(args: &Args, global: &Global) -> anyhow::Result<ExitCode> {
 fn read(file: &Path) -> anyhow::Result<Saved> {
     let text = std::fs::read(file).with_context(|| format!("--baseline {}", file.display()))?;
     serde_json::from_slice(&text).with_context(|| format!("--baseline {}: not what --save writes", file.display()))
+}
+
+/// What goes through the filters.
+struct Sent {
+    exchanges: Vec<(Request, Reply)>,
+    configuration: Vec<u8>,
+    /// Steps that cannot be sent
+    left_out: usize,
+}
+
+/// The exchanges of a file of cases.
+fn of_cases(file: &Path) -> anyhow::Result<Sent> {
+    let name = file.display().to_string();
+    let text = std::fs::read_to_string(file).with_context(|| format!("--cases {name}"))?;
+    let suite = Located::<Suite>::read(&name, &text).map_err(|why| anyhow!("--cases {why}"))?.value;
+    let configuration = suite.filters.first().map(|filter| filter.configuration.clone().into_bytes());
+    // Cases with filters of their own are about other configurations.
+    let cases = suite.cases.iter().filter(|case| case.filters.is_empty() || suite.filters.is_empty());
+    let mut sent = Sent { exchanges: Vec::new(), configuration: configuration.unwrap_or_default(), left_out: 0 };
+    for step in cases.flat_map(|case| &case.steps) {
+        match &step.request {
+            Some(request) if step.services.is_empty() && !step.upstream.hang && !request.disconnect => {
+                sent.exchanges.push((request.clone(), step.upstream.clone()));
+            }
+            Some(_) => sent.left_out += 1,
+            None => {}
+        }
+    }
+    ensure!(!sent.exchanges.is_empty(), "--cases {name}: there is no request in it that could be sent");
+    Ok(sent)
 }
 
 /// An exchange as there are many: a dozen headers, a short answer.

@@ -11,7 +11,7 @@ use wasmtime::{Engine, Module};
 /// When the file is of another version of wasmtime or of another configuration, or cannot be read.
 pub(super) fn module(engine: &Engine, file: &Path) -> wasmtime::Result<Module> {
     // SAFETY: the file is machine code that this program itself compiled from a module whose digest is in its name; it lies
-    // in a directory that only this user may write to (`cache::Cache::open` refuses any other), it was put there by a rename
+    // in a directory that only this user may write to (`cache::Cache::prepare` refuses any other), it was put there by a rename
     // and is never changed in place.
     unsafe { Module::deserialize_file(engine, file) }
 }
