@@ -86,6 +86,11 @@ impl H2 {
         Self { stream: self.stream.try_clone().expect("clone of a socket"), next: self.next }
     }
 
+    /// The stream that the next request will have.
+    pub fn next_stream(&self) -> u32 {
+        self.next
+    }
+
     /// Closes the connection, also for those who share it.
     pub fn close(&self) {
         let _ = self.stream.shutdown(std::net::Shutdown::Both);

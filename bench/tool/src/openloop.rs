@@ -31,6 +31,7 @@ pub fn run(o: &Opts) {
     // Refusals are part of what is measured: 503 with a reason and `retry-after`. What no connection is free for is not sent.
     let shed: usize = num(o, "shed", 0);
     let (mut refused, mut unsent) = (0u64, 0u64);
+    let patience = if shed > 0 { 15_000_000_000 } else { 3_000_000_000 };
     let req = b"GET /svc-0/ HTTP/1.1\r\nHost: svc-0.mesh\r\nUser-Agent: meshbench\r\nAccept: */*\r\n\r\n";
     unsafe { libc::prctl(libc::PR_SET_TIMERSLACK, 1usize) };
     let ep = unsafe { libc::epoll_create1(0) };
@@ -80,7 +81,7 @@ pub fn run(o: &Opts) {
             }
         }
         let t = now();
-        if next >= end_ns && (inflight == 0 && backlog.is_empty() || t > end_ns + 3_000_000_000) {
+        if next >= end_ns && (inflight == 0 && backlog.is_empty() || t > end_ns + patience) {
             break;
         }
         if free.is_empty() && inflight == 0 {
