@@ -52,9 +52,11 @@ impl Head for response::Parts {
     }
 }
 
+type Fields = Vec<(HeaderName, HeaderValue)>;
+
 /// A head as it left the chain.
 pub(crate) struct Kept<H: Head> {
-    copy: Option<(H::Line, Vec<(HeaderName, HeaderValue)>)>,
+    copy: Option<(H::Line, Fields)>,
     head: OnceCell<Box<H>>,
 }
 
