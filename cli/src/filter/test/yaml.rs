@@ -159,30 +159,30 @@ mod tests {
             ("path", text("/a/b")),
             ("word", text("no")),
             ("none", Node::List(vec![])),
-            ("log", Node::List(vec![text("info a: b"), map(&[("a", text("x")), ("b", text("y"))])])),
+            ("log", Node::List(vec![text("info a: b"), map(&[("a", text("x")), ("b", text("z"))])])),
         ]);
         let mut out = String::new();
         node.block("expect", 2, &mut out);
         let expected = "  expect:\n    status: 200\n    body: \"two\\nlines\"\n    path: /a/b\n    word: \"no\"\n    none: []\n    log:\n      \
-                        - \"info a: b\"\n      - a: x\n        b: y\n";
+                        - \"info a: b\"\n      - a: x\n        b: z\n";
         assert_eq!(out, expected);
     }
 
     #[test]
     fn a_key_is_replaced_or_added_and_the_rest_stays() {
         let file = "# top\ncases:\n- name: a\n  steps:\n  - request: {}   # why\n    expect:\n      log: [x]\n\n  # the second\n  - expect: {}\n    request: {}\n\n- name: b\n";
-        let new = Node::Map(vec![("log".into(), Node::List(vec![text("y")]))]);
+        let new = Node::Map(vec![("log".into(), Node::List(vec![text("z")]))]);
         let replaced = put(file, 5, Some(6), "expect", &new).unwrap();
-        assert_eq!(replaced, file.replace("      log: [x]\n", "      log:\n        - y\n"));
+        assert_eq!(replaced, file.replace("      log: [x]\n", "      log:\n        - z\n"));
         let replaced = put(file, 10, Some(10), "expect", &new).unwrap();
-        assert_eq!(replaced, file.replace("- expect: {}\n", "- expect:\n      log:\n        - y\n"));
+        assert_eq!(replaced, file.replace("- expect: {}\n", "- expect:\n      log:\n        - z\n"));
         let added = put(file, 3, None, "start", &new).unwrap();
         assert_eq!(
             added,
-            file.replace("    request: {}\n\n- name: b", "    request: {}\n  start:\n    log:\n      - y\n\n- name: b")
+            file.replace("    request: {}\n\n- name: b", "    request: {}\n  start:\n    log:\n      - z\n\n- name: b")
         );
         let added = put("- request: {}", 1, None, "expect", &new).unwrap();
-        assert_eq!(added, "- request: {}\n  expect:\n    log:\n      - y\n");
+        assert_eq!(added, "- request: {}\n  expect:\n    log:\n      - z\n");
         assert!(put("- {request: {}}\n", 1, None, "expect", &new).unwrap_err().starts_with("line 1"));
     }
 }
