@@ -5,10 +5,8 @@ mod pool;
 mod received;
 mod streams;
 
-#[cfg(test)]
-pub(crate) use connect::LocalExecutor;
 pub use connect::{ConnectError, Label, Security, Target, Wire};
-pub(crate) use connect::{Opened, open};
+pub(crate) use connect::{LocalExecutor, Opened, open};
 pub use pool::{Lease, Pools, SendError, WireError};
 pub use received::Received;
 
