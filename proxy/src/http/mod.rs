@@ -15,7 +15,6 @@ mod request;
 mod respond;
 mod response;
 mod serve;
-mod streams;
 #[cfg(test)]
 mod tests;
 mod upgrade;

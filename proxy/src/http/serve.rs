@@ -13,12 +13,12 @@ use tokio::io::{AsyncWrite, ReadBuf};
 
 use super::head::Guarded;
 use super::idle::{Ask, Parked, Seated};
-use super::streams::{Begun, Together};
 use super::{Connection, ConnectionInfo, exchange};
 use crate::coalesce::coalesce;
 use crate::io::Io;
 use crate::listen::Version;
 use crate::metrics::Metric;
+use crate::upstream::LocalExecutor;
 use crate::worker::Worker;
 
 /// Header block, bytes.
@@ -167,11 +167,10 @@ async fn parked(io: &Io, connection: &Connection) -> bool {
 async fn serve_http2(io: Io, connection: &Rc<Connection>) -> hyper::Result<()> {
     let service = {
         let connection = connection.clone();
-        // Boxed: hyper moves each stream's future several times before it runs.
+        // Boxed: hyper and tokio move each stream's task several times before it runs.
         service_fn(move |request| Box::pin(exchange::handle(connection.clone(), request)))
     };
-    let begun = Begun::default();
-    let mut builder = http2::Builder::new(begun.clone());
+    let mut builder = http2::Builder::new(LocalExecutor);
     builder
         .timer(TokioTimer::new())
         .max_concurrent_streams(MAX_STREAMS)
@@ -187,17 +186,16 @@ async fn serve_http2(io: Io, connection: &Rc<Connection>) -> hyper::Result<()> {
         .keep_alive_timeout(PING_TIMEOUT);
     let (io, flusher) = coalesce(io);
     let serving = async {
-        let serving = std::pin::pin!(builder.serve_connection(TokioIo::new(io), service));
-        let mut serving = Together::new(serving, begun);
-        let paused = std::future::poll_fn(|cx| match (Pin::new(&mut serving).poll(cx), connection.seat.asked(cx)) {
+        let mut serving = std::pin::pin!(builder.serve_connection(TokioIo::new(io), service));
+        let paused = std::future::poll_fn(|cx| match (serving.as_mut().poll(cx), connection.seat.asked(cx)) {
             (Poll::Ready(ended), _) => Poll::Ready(Err(ended)),
             (Poll::Pending, Ask::Close(grace)) => Poll::Ready(Ok(grace)),
             (Poll::Pending, Ask::Nothing | Ask::Park) => Poll::Pending,
         });
         match paused.await {
             Ok(grace) => {
-                serving.connection().graceful_shutdown();
-                wind_down(connection, Pin::new(&mut serving), grace).await
+                serving.as_mut().graceful_shutdown();
+                wind_down(connection, serving, grace).await
             }
             Err(ended) => ended,
         }

@@ -285,11 +285,9 @@ pub(super) fn protocol(error: impl std::fmt::Display) -> ConnectError {
 }
 
 /// Runs hyper's tasks on the worker that started them.
-#[cfg(test)]
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct LocalExecutor;
 
-#[cfg(test)]
 impl<F: Future + 'static> hyper::rt::Executor<F> for LocalExecutor {
     fn execute(&self, future: F) {
         tokio::task::spawn_local(future);

@@ -7,10 +7,8 @@ mod received;
 mod streams;
 mod sweep;
 
-#[cfg(test)]
-pub(crate) use connect::LocalExecutor;
 pub use connect::{ConnectError, Label, Security, Target, Wire};
-pub(crate) use connect::{Link, Opened, open};
+pub(crate) use connect::{Link, LocalExecutor, Opened, open};
 pub use pool::{Lease, Pools, SendError, WireError};
 pub use received::Received;
 
