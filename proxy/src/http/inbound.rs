@@ -114,7 +114,8 @@ async fn filtered(
     }
     x.chain(snapshot, &port.filters)?;
     let before = Judged::of(&inc.head);
-    if let Some(answer) = x.filter_request(inc).await? {
+    // Boxed: every exchange would carry its state, most of them without a filter.
+    if let Some(answer) = Box::pin(x.filter_request(inc)).await? {
         return Ok(Filtered::Answer(answer));
     }
     if before.holds(&inc.head) {

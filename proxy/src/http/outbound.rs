@@ -220,7 +220,8 @@ async fn filtered(
     }
     x.chain(&place.snapshot, keys)?;
     let before = Judged::of(&inc.head);
-    Ok(match x.filter_request(inc).await? {
+    // Boxed: every exchange would carry its state, most of them without a filter.
+    Ok(match Box::pin(x.filter_request(inc)).await? {
         Some(answer) => Filtered::Answer(answer),
         None if before.holds(&inc.head) => Filtered::Unchanged,
         None => Filtered::Changed { elsewhere: !before.same_authority(&inc.head) },
