@@ -1,6 +1,6 @@
 //! Clients that read nothing, and applications that read nothing: 10,000 streams over 100 HTTP/2 connections cost a proxy a bounded
 //! amount of memory, which comes back; others are served meanwhile.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // helpers of tests
+#![allow(clippy::print_stderr, clippy::unwrap_used, clippy::expect_used, clippy::panic)] // helpers of tests
 
 use std::collections::VecDeque;
 use std::net::{IpAddr, TcpListener};

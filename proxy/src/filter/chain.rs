@@ -233,11 +233,11 @@ impl Chain {
         direction.cut || (direction.out.is_empty() && direction.out_end == Some(End::Taken))
     }
 
-    /// The length of all that is to come out, where nothing more goes in.
+    /// The length of all that is to come out, where nothing more goes in and no trailers follow.
     pub fn length(&self, flow: Flow) -> Option<usize> {
         let mut state = self.0.state.borrow_mut();
         let direction = state.of(flow);
-        direction.out_end.is_some().then_some(direction.held_out)
+        direction.out_end.filter(|end| *end != End::Trailers).map(|_| direction.held_out)
     }
 
     /// All that is to come out behind the head, where it is one piece and nothing follows it.

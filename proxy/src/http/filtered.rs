@@ -396,25 +396,23 @@ impl Exchange {
 
 /// Framing of a request whose body filters may have changed.
 fn frame_request(head: &mut request::Parts, chain: &Chain) {
-    head.headers.remove(CONTENT_LENGTH);
-    if let Some(length) = chain.length(Flow::Request) {
-        head.headers.insert(CONTENT_LENGTH, HeaderValue::from(length));
+    frame_headers(&mut head.headers, chain, Flow::Request);
+}
+
+/// Framing of a body that filters may have changed.
+fn frame(head: &mut response::Parts, chain: &Chain, whole: bool) {
+    if whole || chain.in_body(Flow::Response) {
+        frame_headers(&mut head.headers, chain, Flow::Response);
     }
 }
 
-/// Framing of a body that filters may have changed: its length where all of it is known, else none.
-fn frame(head: &mut response::Parts, chain: &Chain, whole: bool) {
-    if !whole && !chain.in_body(Flow::Response) {
-        return;
-    }
-    head.headers.remove(CONTENT_LENGTH);
-    if let Some(length) = chain.length(Flow::Response) {
-        if let Some(names) = chain.trailer_names(Flow::Response) {
-            // HTTP/1 sends only what is announced; and with a length it sends none.
-            head.headers.insert(TRAILER, names);
-        } else {
-            head.headers.insert(CONTENT_LENGTH, HeaderValue::from(length));
-        }
+/// The length where all of the body is known, else none; HTTP/1 sends only the trailers that are announced, and with a length none.
+fn frame_headers(headers: &mut HeaderMap, chain: &Chain, flow: Flow) {
+    headers.remove(CONTENT_LENGTH);
+    if let Some(length) = chain.length(flow) {
+        headers.insert(CONTENT_LENGTH, HeaderValue::from(length));
+    } else if let Some(names) = chain.trailer_names(flow) {
+        headers.insert(TRAILER, names);
     }
 }
 

@@ -13,6 +13,7 @@ use wasmtime::{ExternType, Module, Store, ValType};
 
 use super::super::plugin::{Compiler, FilterError};
 use super::abi::Abi;
+use super::cache::Cache;
 use super::host::{Counters, Host, Spec};
 use super::{Instance, Runtime, load};
 
@@ -115,6 +116,7 @@ pub async fn inspect(
     let mut found = Inspection { sha256: sha256.clone(), size: module.len() as u64, ..Inspection::default() };
     // What cannot be parsed to its end is refused below, with the compiler's reason.
     let _ = parts(&module, &mut found);
+    Cache::prepare(cache)?;
     let runtime = Runtime::new(cache, &[], false)?;
     let source = mesh::Filter {
         namespace: "inspect".into(),
