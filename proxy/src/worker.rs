@@ -138,7 +138,8 @@ impl Worker {
             let target = target.clone();
             return Ok((snapshot, target));
         }
-        self.proxy.directory.resolve(key).await
+        // Boxed: as a rule there is nothing to wait for.
+        Box::pin(self.proxy.directory.resolve(key)).await
     }
 }
 

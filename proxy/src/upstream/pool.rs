@@ -242,7 +242,8 @@ async fn checkout_http1(pool: Rc<Pool>, target: &Target, pools: &Pools) -> Resul
             continue;
         };
         let open = Open::new(&pool);
-        let opened = connect::open(target, permit, &pools.proxy, &pools.metrics).await?;
+        // Boxed: a handshake's state is kilobytes, and every request's future would be as large.
+        let opened = Box::pin(connect::open(target, permit, &pools.proxy, &pools.metrics)).await?;
         let connection = Rc::new(Connection::new(opened.io, opened.link, open));
         if let Some(peer) = connection.link().peer() {
             pool.proven.borrow_mut().push(Rc::downgrade(&connection));
