@@ -202,9 +202,8 @@ impl FilteredRequest {
 /// Waits for an answer, or for a filter that ends the exchange first.
 pub(super) async fn unless_stopped(
     chain: Chain,
-    answer: impl Future<Output = Result<Answer, Failure>>,
+    mut answer: Pin<&mut impl Future<Output = Result<Answer, Failure>>>,
 ) -> Result<Answer, Failure> {
-    let mut answer = std::pin::pin!(answer);
     std::future::poll_fn(|cx| {
         chain.settle();
         if chain.stopped() {

@@ -44,7 +44,10 @@ pub(super) async fn handle(x: &mut Exchange, info: &Inbound, mut inc: Incomer) -
     let out = Outgoing::new(head, &canonical, body, upgrade);
     match x.chain.clone() {
         None => attempt::direct(x, &target, out).await,
-        Some(chain) => super::filtered::unless_stopped(chain, attempt::direct(x, &target, out)).await,
+        Some(chain) => {
+            let answer = std::pin::pin!(attempt::direct(x, &target, out));
+            super::filtered::unless_stopped(chain, answer).await
+        }
     }
 }
 

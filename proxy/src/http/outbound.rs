@@ -48,7 +48,11 @@ pub(super) async fn handle(x: &mut Exchange, info: &listen::Outbound, mut inc: I
     }
     match x.chain.clone() {
         None => onwards(x, info, &place, inc, &canonical).await,
-        Some(chain) => super::filtered::unless_stopped(chain, onwards(x, info, &place, inc, &canonical)).await,
+        Some(chain) => {
+            // Pinned here: given away by value it would be in every exchange's future twice.
+            let answer = std::pin::pin!(onwards(x, info, &place, inc, &canonical));
+            super::filtered::unless_stopped(chain, answer).await
+        }
     }
 }
 
