@@ -17,12 +17,12 @@ use tokio::sync::Notify;
 
 use crate::metrics::{Local, Metric};
 
-/// Bytes after which a buffer is handed over.
-const FULL: usize = 32 << 10;
+/// Bytes after which a buffer is handed over: each wakes the thread that writes.
+const FULL: usize = 64 << 10;
 /// Room for the line that makes a buffer full.
 const LINE: usize = 1 << 10;
 /// Buffers that may wait to be written: 2 MiB.
-const QUEUE: usize = 64;
+const QUEUE: usize = 32;
 /// How long a line waits in a worker's buffer.
 const MOST: Duration = Duration::from_millis(100);
 /// How long a worker that ends waits for room in the queue.

@@ -26,7 +26,11 @@ pub(super) fn line(out: &mut Vec<u8>, entry: &Entry<'_>, time: Duration) {
     address(out, b",\"client\":\"", entry.client);
     if let Some(trace) = entry.trace {
         out.extend_from_slice(b",\"trace_id\":\"");
-        out.extend(trace.to_be_bytes().iter().flat_map(|byte| [hex(byte >> 4), hex(byte & 15)]));
+        let mut digits = [0; 32];
+        for (pair, byte) in digits.chunks_exact_mut(2).zip(trace.to_be_bytes()) {
+            pair.copy_from_slice(&[hex(byte >> 4), hex(byte & 15)]);
+        }
+        out.extend_from_slice(&digits);
         out.push(b'"');
     }
     if entry.status != 0 {
@@ -103,7 +107,7 @@ fn address(out: &mut Vec<u8>, name: &[u8], address: Option<SocketAddr>) {
 fn thousandths(out: &mut Vec<u8>, value: u64) {
     number(out, value / 1000);
     out.push(b'.');
-    out.extend([100, 10, 1].map(|unit| digit(value / unit)));
+    out.extend_from_slice(&[100, 10, 1].map(|unit| digit(value / unit)));
 }
 
 fn number(out: &mut Vec<u8>, mut value: u64) {
