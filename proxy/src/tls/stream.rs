@@ -20,10 +20,12 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 /// The largest record on the wire: payload, what encryption adds at most, header.
 const RECORD: usize = 16 * 1024 + 256 + 5;
-/// Bytes read from the socket at once.
-const READ: usize = 2 * RECORD;
+/// A full record of TLS 1.3, whichever its cipher: whoever reads whole ones has no beginnings to keep.
+const FULL: usize = 16 * 1024 + 5 + 1 + 16;
+/// Bytes read from the socket at once, for readers of up to two records and of more.
+const READ: [usize; 2] = [2 * FULL, 4 * FULL];
 /// Bytes encrypted at once.
-const PLAIN: usize = 32 * 1024;
+const PLAIN: usize = 64 * 1024;
 /// Bytes of a message that has not come to its end: rustls' own limit for handshakes.
 const UNFINISHED: usize = 64 * 1024;
 
@@ -372,10 +374,12 @@ where
     fn poll_more(&mut self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let mut bytes = borrow(&INCOMING);
         let kept = self.unfinished.len();
-        if bytes.len() < kept + RECORD {
-            bytes.resize((kept + RECORD).max(READ), 0);
+        let [few, many] = READ;
+        let wanted = if buf.remaining() > few { many } else { few }.max(kept + RECORD);
+        if bytes.len() < wanted {
+            bytes.resize(wanted, 0);
         }
-        let (head, room) = bytes.split_at_mut(kept);
+        let (head, room) = bytes.get_mut(..wanted).unwrap_or_default().split_at_mut(kept);
         head.copy_from_slice(&self.unfinished);
         let mut incoming = ReadBuf::new(room);
         let polled = Pin::new(&mut self.io).poll_read(cx, &mut incoming);
