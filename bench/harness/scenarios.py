@@ -78,19 +78,28 @@ def websocket(run, name):
 
 
 def wasm_added(run, name):
-    """Both proxies run side by side and are measured in turn, so that what the machine does meanwhile hits both."""
-    slices = {"with": [], "without": []}
+    """Both proxies run side by side and are measured in turn, so that what the machine does meanwhile hits both. At saturation, and at
+    a rate that all keep up with: at saturation the slower of two proxies also has to wake its peers more often, which have less to do."""
+    loads = {
+        "": lambda s: s.tool("closed", run.a.secs / 2, run.a.conns),
+        "steady_": lambda s: s.tool("openloop", run.a.secs / 2, run.a.conns, rate=STEADY, warmup=0) | {"secs": run.a.secs / 2},
+    }
+    slices = {(load, side): [] for load in loads for side in ("with", "without")}
     with Session(run, name, "h1-wasm") as filtered, Session(run, name, "h1-single") as plain:
         sides = (("without", plain), ("with", filtered))
         for _, s in sides:
             s.tool("closed", WARM, run.a.conns)
         for _ in range(4):
-            for side, s in sides:
-                r = s.measured(lambda: s.tool("closed", run.a.secs / 2, run.a.conns))
-                slices[side].append(r["cpu_us_req"])
+            for kind, load in loads.items():
+                for side, s in sides:
+                    slices[kind, side].append(s.measured(lambda: load(s))["cpu_us_req"])
             sides = sides[::-1]
-    with_, without = (statistics.mean(slices[side]) for side in ("with", "without"))
-    return {"added_us": with_ - without, "with_us": with_, "without_us": without}
+    us = {key: statistics.mean(values) for key, values in slices.items()}
+    r = {}
+    for kind in loads:
+        with_, without = us[kind, "with"], us[kind, "without"]
+        r |= {kind + "added_us": with_ - without, kind + "with_us": with_, kind + "without_us": without}
+    return r
 
 
 def conn_rate(group):
@@ -242,6 +251,8 @@ def refusals(s, role):
     return sum(worker["refused"] for worker in s.peer.ask(role, "/stats")["workers"])
 
 
+# Requests per second
+STEADY = 3000
 OVERLOAD_CONNS = 1000
 PAIR = ["cpu_us_req", "cpu_us_req_outbound", "cpu_us_req_inbound", "rps", "sys_share", "proxy_core_util", "others_on_core"]
 SINGLE = ["cpu_us_req", "rps", "sys_share", "proxy_core_util", "others_on_core", "rss_mib"]
@@ -254,7 +265,7 @@ SCENARIOS = {
     "h1-mtls-pair": Scenario("1 KiB GET through both sidecars, mTLS between them", closed("h1-mtls-pair"), "h1-mtls-pair", PAIR),
     "h1-mtls-pair-post16k": Scenario("16 KiB POST, echoed", closed("h1-mtls-pair", post=16384), "h1-mtls-pair", PAIR),
     "h2-mtls-pair": Scenario("1 KiB GET over HTTP/2 all the way", h2, "h2-mtls-pair", PAIR, direct=True),
-    "wasm-added": Scenario("CPU that a Proxy-Wasm filter adds (three header calls)", wasm_added, "h1-wasm", ["added_us", "with_us", "without_us"], needs=("wasm",), only=("envoy", "outrigger")),
+    "wasm-added": Scenario("CPU that a Proxy-Wasm filter adds (three header calls)", wasm_added, "h1-wasm", ["added_us", "steady_added_us", "with_us", "without_us", "steady_with_us", "steady_without_us"], ratios=["steady_added_us"], needs=("wasm",), only=("envoy", "outrigger")),
     "wasm-instructions": Scenario("the same in instructions", wasm_instructions, "h1-wasm", ["added_instructions", "with_instructions", "without_instructions"], needs=("wasm", "valgrind"), only=("envoy", "outrigger"), rounds=1),
     "conn-rate-x25519": Scenario("new mTLS connection, one GET", conn_rate("x25519"), "h1-mtls-pair", ["mtls_conn_ms", "plain_conn_ms", "handshake_net_ms", "mtls_conn_per_s", "proxy_core_util", "others_on_core"], group="x25519"),
     "conn-rate-x25519mlkem768": Scenario("new mTLS connection with hybrid key exchange, one GET", conn_rate("x25519mlkem768"), "h1-mtls-pair", ["mtls_conn_ms", "mtls_conn_per_s", "proxy_core_util", "others_on_core"], group="x25519mlkem768"),

@@ -1,6 +1,7 @@
 //! What a request reads: an immutable view of everything that discovery has linked.
 
 use std::collections::HashMap;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -24,6 +25,9 @@ pub struct Snapshot {
     /// Destinations by every key they were asked for under.
     pub(crate) targets: HashMap<Key, (Target, Use), foldhash::quality::RandomState>,
 }
+
+/// A snapshot as one worker holds it: requests count up and down what no other worker does.
+pub type Pinned = Rc<Arc<Snapshot>>;
 
 /// What a destination is.
 #[derive(Debug, Clone)]

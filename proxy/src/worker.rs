@@ -19,12 +19,12 @@ use tokio::time::Instant;
 
 use crate::drain::{DrainWatch, Phase};
 use crate::flags::Settings;
-use crate::http::Connections;
+use crate::http::{Calls, Connections};
 use crate::listen::{self, Accepted, Way};
 use crate::log::Lines;
 use crate::metrics::Local;
 use crate::shed::Gate;
-use crate::snapshot::{Snapshot, Target};
+use crate::snapshot::{Pinned, Snapshot, Target};
 use crate::state::{Proxy, WorkerLoad};
 use crate::upstream::Pools;
 
@@ -96,7 +96,24 @@ pub struct Worker {
     pub overloads: RefCell<Quiet>,
     /// Requests in flight, and whether there may be more
     pub gate: Gate,
-    snapshots: RefCell<Cache<Arc<ArcSwap<Snapshot>>, Arc<Snapshot>>>,
+    /// Where requests of each rule go
+    pub calls: Calls,
+    snapshots: RefCell<Pins>,
+}
+
+/// The newest snapshot, and the one that was the newest when it was last asked for.
+#[derive(Debug)]
+struct Pins {
+    newest: Cache<Arc<ArcSwap<Snapshot>>, Arc<Snapshot>>,
+    pinned: Pinned,
+}
+
+impl Pins {
+    fn of(cell: Arc<ArcSwap<Snapshot>>) -> Self {
+        let mut newest = Cache::new(cell);
+        let pinned = Rc::new(newest.load().clone());
+        Self { newest, pinned }
+    }
 }
 
 impl Worker {
@@ -117,14 +134,22 @@ impl Worker {
             refusals: RefCell::default(),
             overloads: RefCell::default(),
             gate: Gate::new(proxy.settings.max_requests),
-            snapshots: RefCell::new(Cache::new(proxy.directory.cell())),
+            calls: Calls::default(),
+            snapshots: RefCell::new(Pins::of(proxy.directory.cell())),
             proxy,
         })
     }
 
     /// Pins the newest snapshot.
-    pub fn snapshot(&self) -> Arc<Snapshot> {
-        self.snapshots.borrow_mut().load().clone()
+    pub fn snapshot(&self) -> Pinned {
+        let mut pins = self.snapshots.borrow_mut();
+        let Pins { newest, pinned } = &mut *pins;
+        let newest = newest.load();
+        if !Arc::ptr_eq(newest, pinned) {
+            *pinned = Rc::new(newest.clone());
+            self.calls.forget();
+        }
+        pinned.clone()
     }
 
     /// The snapshot that has an answer for a destination, and the answer. The first use of a destination waits for
@@ -132,14 +157,15 @@ impl Worker {
     ///
     /// # Errors
     /// `discovery-timeout`, or `discovery-unavailable` while the control plane is away.
-    pub async fn find(&self, key: &Key) -> Result<(Arc<Snapshot>, Target), Reason> {
+    pub async fn find(&self, key: &Key) -> Result<(Pinned, Target), Reason> {
         let snapshot = self.snapshot();
         if let Some(target) = snapshot.lookup(key) {
             let target = target.clone();
             return Ok((snapshot, target));
         }
         // Boxed: as a rule there is nothing to wait for.
-        Box::pin(self.proxy.directory.resolve(key)).await
+        let (snapshot, target) = Box::pin(self.proxy.directory.resolve(key)).await?;
+        Ok((Rc::new(snapshot), target))
     }
 }
 

@@ -177,16 +177,35 @@ impl Chain {
         true
     }
 
-    /// The response's head, once it has passed the filters; and whether nothing follows it.
+    /// The response's head, once it has passed the filters; and whether nothing follows it. Filters that may read it later have a copy.
     pub fn take_response(&self) -> Option<(response::Parts, bool)> {
+        let taken = self.release_response()?;
+        self.keep_response(&taken.0);
+        Some(taken)
+    }
+
+    /// The same without a copy: to be followed by [`Chain::keep_response`] or [`Chain::done_with`].
+    pub fn release_response(&self) -> Option<(response::Parts, bool)> {
         let mut data = self.0.stream.data();
         let end = self.0.take_head(Flow::Response)?;
         let head = data.response.head.take()?;
         data.head_sent = true;
-        if data.slots.iter().any(|slot| slot.interest.keeps_response) {
-            data.response.kept = Some(Kept::copy(&head));
-        }
         Some((head, end))
+    }
+
+    /// The response's head leaves before the exchange is over.
+    pub fn keep_response(&self, head: &response::Parts) {
+        let mut data = self.0.stream.data();
+        if data.slots.iter().any(|slot| slot.interest.keeps_response) {
+            data.response.kept = Some(Kept::copy(head));
+        }
+    }
+
+    /// The exchange is over before the response's head leaves: filters log what there is, and it is given back.
+    pub fn done_with(&self, head: response::Parts) -> Option<response::Parts> {
+        self.0.stream.data().response.head = Some(head);
+        self.0.finish();
+        self.0.stream.data().response.head.take()
     }
 
     /// Body bytes of a message whose head came before; `end`: nothing follows.

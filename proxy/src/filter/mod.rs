@@ -70,7 +70,7 @@ pub enum Action {
     /// It stays until [`View::resume`], and body bytes until the next callback continues
     Pause,
     /// This is the response
-    Respond(LocalResponse),
+    Respond(Box<LocalResponse>),
     /// The filter failed and its policy is FailClosed
     Failed(Failed),
     /// The filter wants the client's stream reset

@@ -95,7 +95,7 @@ impl Lacking {
 #[derive(Debug, Default)]
 pub(crate) struct Wishes {
     pub(crate) resume: [bool; 2],
-    pub(crate) reply: Option<LocalResponse>,
+    pub(crate) reply: Option<Box<LocalResponse>>,
     pub(crate) reset: bool,
 }
 
@@ -163,7 +163,7 @@ pub(crate) struct Message<H: Head> {
 
 impl<H: Head> Message<H> {
     fn view(&self) -> Option<&H> {
-        self.head.as_ref().or_else(|| self.kept.as_ref()?.head())
+        self.head.as_ref().or_else(|| self.kept.as_ref().map(Kept::head))
     }
 }
 
@@ -402,7 +402,7 @@ impl View {
         drop(data);
         self.ask(|slot| {
             if !slot.answered && slot.wishes.reply.is_none() {
-                slot.wishes.reply = Some(response);
+                slot.wishes.reply = Some(Box::new(response));
             }
         });
         true

@@ -292,7 +292,7 @@ fn c52_c53_c60_a_local_response_wins_and_goes_outwards() {
 fn c55_c56_c57_local_responses_by_phase() {
     // In the body of the request.
     let bench = Bench::new(1);
-    bench.then(0, |_| Action::Continue).then(0, |_| Action::Respond(local(401, "")));
+    bench.then(0, |_| Action::Continue).then(0, |_| Action::Respond(Box::new(local(401, ""))));
     bench.request(false);
     bench.data(Flow::Request, "aaaa", false);
     assert_eq!(bench.chain.stop(), Some(Stop::Local));
@@ -301,7 +301,7 @@ fn c55_c56_c57_local_responses_by_phase() {
     // In the response's headers: its own callbacks do not run again.
     let bench = Bench::new(2);
     bench.request(true);
-    bench.then(1, |_| Action::Respond(local(418, "x")));
+    bench.then(1, |_| Action::Respond(Box::new(local(418, "x"))));
     bench.response(false);
     assert_eq!(bench.chain.stop(), Some(Stop::Local));
     assert_eq!(bench.chain.take_response().unwrap().0.status, 418);
@@ -313,7 +313,7 @@ fn c55_c56_c57_local_responses_by_phase() {
     bench.request(true);
     bench.response(false);
     assert!(bench.chain.take_response().is_some());
-    bench.then(0, |_| Action::Respond(local(418, "x")));
+    bench.then(0, |_| Action::Respond(Box::new(local(418, "x"))));
     bench.data(Flow::Response, "aaaa", false);
     assert_eq!(bench.chain.stop(), Some(Stop::Reset));
     assert!(bench.chain.take_response().is_none() && bench.chain.is_cut(Flow::Response));

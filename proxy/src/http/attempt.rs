@@ -197,7 +197,7 @@ fn describe(error: &WireError) -> String {
 type Responded = (Response<Received>, Lease);
 
 /// Sends a request to one place, without retries: the own application, an instance hit by its address, or the outside.
-pub(super) async fn direct(x: &mut Exchange, target: &Target, mut out: Outgoing) -> Result<Answer, Failure> {
+pub(super) async fn direct(x: &mut Exchange, target: &Target, out: &mut Outgoing) -> Result<Answer, Failure> {
     let trusted = matches!(target.security, Security::Mtls { .. });
     x.upstream = Some(target.address);
     // Over HTTP/2 a peer may say that it did nothing with a request that it has: only there is it needed again.
@@ -206,7 +206,7 @@ pub(super) async fn direct(x: &mut Exchange, target: &Target, mut out: Outgoing)
     // Connections that were idle too long hand the request back; a new one does not.
     for _ in 0..=STALE {
         x.attempts += 1;
-        match send(&worker, target, &mut out).await {
+        match send(&worker, target, out).await {
             Ok((response, lease)) => {
                 let (lease, upgrade) = (Some(lease), out.upgrade.take());
                 let attempt =
@@ -254,7 +254,7 @@ async fn send(worker: &Worker, target: &Target, out: &mut Outgoing) -> Result<Re
 }
 
 /// Sends a routed request, as often as its plan allows.
-pub(super) async fn routed(x: &mut Exchange, call: Call, out: Outgoing) -> Result<Answer, Failure> {
+pub(super) async fn routed(x: &mut Exchange, call: Rc<Call>, out: &mut Outgoing) -> Result<Answer, Failure> {
     let mut run = Run::new(x, call, out)?;
     loop {
         let guard = run.pick(x)?;
@@ -267,10 +267,10 @@ pub(super) async fn routed(x: &mut Exchange, call: Call, out: Outgoing) -> Resul
 }
 
 /// All attempts of one request.
-struct Run {
+struct Run<'a> {
     worker: Rc<Worker>,
     call: Rc<Call>,
-    out: Outgoing,
+    out: &'a mut Outgoing,
     plan: Plan,
     deadline: Option<Instant>,
     tried: Vec<Arc<Endpoint>>,
@@ -283,8 +283,8 @@ enum Next {
     Again(Duration),
 }
 
-impl Run {
-    fn new(x: &Exchange, call: Call, mut out: Outgoing) -> Result<Self, Failure> {
+impl<'a> Run<'a> {
+    fn new(x: &Exchange, call: Rc<Call>, out: &'a mut Outgoing) -> Result<Self, Failure> {
         let request = Some(call.cluster.breaker.request(&call.backend.policy.limits)?);
         call.cluster.budget(&call.backend.policy.budget).deposit(&call.backend.policy.budget);
         let policy = &call.rule.policy;
@@ -294,7 +294,7 @@ impl Run {
         out.body.prepare(idempotent && !out.once);
         let worker = x.connection.worker.clone();
         let plan = Plan::new(idempotent, deadline);
-        Ok(Self { worker, call: Rc::new(call), out, plan, deadline, tried: Vec::new(), request, retry: None })
+        Ok(Self { worker, call, out, plan, deadline, tried: Vec::new(), request, retry: None })
     }
 
     fn pick(&self, x: &mut Exchange) -> Result<Guard, Failure> {
@@ -312,14 +312,21 @@ impl Run {
     async fn once(&mut self, guard: &Guard) -> Result<Responded, Failed> {
         let target = self.call.target(guard.endpoint(), self.out.head.version);
         let per_try = self.call.rule.policy.per_try_timeout.map(|timeout| Instant::now() + timeout);
-        let (limit, reason) = match (self.deadline, per_try) {
-            (Some(deadline), Some(per_try)) if per_try < deadline => (per_try, Reason::PerTryTimeout),
-            (Some(deadline), _) => (deadline, Reason::RequestTimeout),
-            (None, Some(per_try)) => (per_try, Reason::PerTryTimeout),
-            (None, None) => return send(&self.worker, &target, &mut self.out).await,
+        let limit = match (self.deadline, per_try) {
+            (Some(deadline), Some(per_try)) if per_try < deadline => Some((per_try, Reason::PerTryTimeout)),
+            (Some(deadline), _) => Some((deadline, Reason::RequestTimeout)),
+            (None, Some(per_try)) => Some((per_try, Reason::PerTryTimeout)),
+            (None, None) => None,
         };
-        let sending = send(&self.worker, &target, &mut self.out);
-        tokio::time::timeout_at(limit.into(), sending).await.unwrap_or_else(|_| Err(Failed::timeout(reason)))
+        // Pinned once: moved into the timeout, it would be in every exchange's future twice.
+        let sending = std::pin::pin!(send(&self.worker, &target, self.out));
+        match limit {
+            None => sending.await,
+            Some((limit, reason)) => {
+                let sent = tokio::time::timeout_at(limit.into(), sending).await;
+                sent.unwrap_or_else(|_| Err(Failed::timeout(reason)))
+            }
+        }
     }
 
     /// What one attempt means: for the endpoint, and for the request.

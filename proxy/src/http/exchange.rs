@@ -33,7 +33,7 @@ pub(super) struct Exchange {
     pub(super) connection: Rc<Connection>,
     pub(super) start: Instant,
     /// When the response's body ended; `None`: it has not, or nobody saw it
-    end: Option<Instant>,
+    pub(super) end: Option<Instant>,
     pub(super) method: Method,
     uri: Uri,
     host: Option<HeaderValue>,
@@ -57,7 +57,7 @@ pub(super) struct Exchange {
     pub(super) detail: String,
     pub(super) status: Option<StatusCode>,
     sent: u64,
-    received: u64,
+    pub(super) received: u64,
     pub(super) access_log: AccessLog,
     trace: Option<u128>,
 }

@@ -25,7 +25,7 @@ pub(super) async fn handle(x: &mut Exchange, info: &Inbound, mut inc: Incomer) -
     let connection = x.connection.clone();
     let snapshot = connection.worker.snapshot();
     let number = info.app.address.port();
-    let inbound = snapshot.inbound.clone().ok_or(Reason::DiscoveryUnavailable)?;
+    let inbound = snapshot.inbound.as_ref().ok_or(Reason::DiscoveryUnavailable)?;
     let port = inbound.port(number).ok_or_else(|| Failure::new(Reason::UnknownPort, format!("port {number}")))?;
     x.begin_inbound(&snapshot, port);
     if port.mtls == MtlsMode::Strict && info.peer.is_none() {
@@ -41,14 +41,11 @@ pub(super) async fn handle(x: &mut Exchange, info: &Inbound, mut inc: Incomer) -
     let wire = outgoing::wire(port.protocol, inc.head.version);
     let target = Target::plain(info.app.address, wire, CONNECT_TIMEOUT, IDLE_TIMEOUT, Label::inbound(&x.service));
     let Incomer { head, body, upgrade } = inc;
-    let out = Outgoing::new(head, &canonical, body, upgrade);
-    match x.chain.clone() {
-        None => attempt::direct(x, &target, out).await,
-        Some(chain) => {
-            let answer = std::pin::pin!(attempt::direct(x, &target, out));
-            super::filtered::unless_stopped(chain, answer).await
-        }
-    }
+    let mut out = Outgoing::new(head, &canonical, body, upgrade);
+    let chain = x.chain.clone();
+    // As at the outbound: in the exchange's future once.
+    let answer = std::pin::pin!(attempt::direct(x, &target, &mut out));
+    super::filtered::unless_stopped(chain, answer).await
 }
 
 fn normalized(

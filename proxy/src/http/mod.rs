@@ -3,6 +3,7 @@
 mod attempt;
 mod body;
 mod callout;
+mod calls;
 mod exchange;
 mod facts;
 mod filtered;
@@ -24,6 +25,7 @@ pub(crate) use made::{Feed, Made};
 pub(crate) use respond::{is_grpc, respond};
 
 pub use body::{ReplayBuffer, RequestBody, ResponseBody};
+pub use calls::Calls;
 pub use idle::Connections;
 pub use serve::serve;
 

@@ -2,7 +2,6 @@
 
 use std::net::SocketAddr;
 use std::rc::Rc;
-use std::sync::Arc;
 use std::time::Duration;
 
 use ::http::header::HOST;
@@ -21,7 +20,7 @@ use super::made::Made;
 use super::request::{self as outgoing, Outgoing};
 use super::{Asked, Connection};
 use crate::listen;
-use crate::snapshot::{self, Snapshot};
+use crate::snapshot::{self, Pinned, Snapshot};
 use crate::upstream::{Label, Target};
 
 /// Destinations outside the mesh may be far away.
@@ -46,14 +45,10 @@ pub(super) async fn handle(x: &mut Exchange, info: &listen::Outbound, mut inc: I
         }
         Filtered::Answer(answer) => return Ok(answer),
     }
-    match x.chain.clone() {
-        None => onwards(x, info, &place, inc, &canonical).await,
-        Some(chain) => {
-            // Pinned here: given away by value it would be in every exchange's future twice.
-            let answer = std::pin::pin!(onwards(x, info, &place, inc, &canonical));
-            super::filtered::unless_stopped(chain, answer).await
-        }
-    }
+    let chain = x.chain.clone();
+    // Pinned here, and once: given away by value, or awaited in two places, it would be in every exchange's future twice.
+    let answer = std::pin::pin!(onwards(x, info, &place, inc, &canonical));
+    super::filtered::unless_stopped(chain, answer).await
 }
 
 /// Sends a request to where it goes.
@@ -98,13 +93,13 @@ pub(super) async fn call_out(
     let call = chosen(x, &selected)?;
     let mut out = Outgoing::made(head, &canonical, body);
     change(&mut out.head, &call, &selected);
-    attempt::routed(x, call, out).await
+    attempt::routed(x, call, &mut out).await
 }
 
 /// Where a request goes, as discovery has it.
 struct Place {
     asked: Rc<Asked>,
-    snapshot: Arc<Snapshot>,
+    snapshot: Pinned,
     target: snapshot::Target,
 }
 
@@ -180,7 +175,7 @@ async fn to_service(
     let Incomer { head, body, upgrade } = inc;
     let mut out = Outgoing::new(head, canonical, body, upgrade);
     change(&mut out.head, &call, &selected);
-    attempt::routed(x, call, out).await
+    attempt::routed(x, call, &mut out).await
 }
 
 /// The port of the service that is meant.
@@ -233,19 +228,22 @@ async fn filtered(
 }
 
 /// Draws the backend, once for all attempts.
-fn chosen(x: &Exchange, selected: &Selected<'_>) -> Result<Call, Failure> {
+fn chosen(x: &Exchange, selected: &Selected<'_>) -> Result<Rc<Call>, Failure> {
     let worker = &x.connection.worker;
     let clusters = &worker.proxy.clusters;
     let rule = selected.rule;
     let ready = |backend: &outrigger_core::link::Backend| clusters.get(&backend.key).is_ready();
     match route::split(rule, &mut worker.rng.borrow_mut(), ready) {
-        Split::Backend(share, backend) => Ok(Call {
-            cluster: clusters.get(&backend.key),
-            backend: backend.clone(),
-            share: rule.backends.iter().position(|one| std::ptr::eq(one, share)).unwrap_or_default(),
-            rule: rule.clone(),
-            service: x.service.clone(),
-        }),
+        Split::Backend(one, backend) => {
+            let share = rule.backends.iter().position(|other| std::ptr::eq(other, one)).unwrap_or_default();
+            Ok(worker.calls.get(rule, share, &x.service, || Call {
+                cluster: clusters.get(&backend.key),
+                backend: backend.clone(),
+                share,
+                rule: rule.clone(),
+                service: x.service.clone(),
+            }))
+        }
         Split::Invalid(why) => Err(Failure::new(Reason::NoBackend, why)),
         Split::None => Err(Failure::new(Reason::NoBackend, format!("rule {}", rule.name))),
     }
@@ -289,7 +287,7 @@ async fn to_workload(
     x.endpoint_version = endpoint.version.clone();
     let target = Target::workload(workload, |protocol| outgoing::wire(protocol, inc.head.version));
     let Incomer { head, body, upgrade } = inc;
-    attempt::direct(x, &target, Outgoing::new(head, canonical, body, upgrade)).await
+    attempt::direct(x, &target, &mut Outgoing::new(head, canonical, body, upgrade)).await
 }
 
 /// With interception: what no part of the mesh has this address.
@@ -308,5 +306,5 @@ async fn outside(
     let wire = outgoing::wire(Protocol::Detect, inc.head.version);
     let target = Target::plain(address, wire, OUTSIDE_CONNECT, OUTSIDE_IDLE, Label::outbound(&x.service));
     let Incomer { head, body, upgrade } = inc;
-    attempt::direct(x, &target, Outgoing::new(head, canonical, body, upgrade)).await
+    attempt::direct(x, &target, &mut Outgoing::new(head, canonical, body, upgrade)).await
 }

@@ -5,8 +5,7 @@ use std::rc::Rc;
 use bytes::Bytes;
 use http::response;
 
-use super::super::kept::Kept;
-use super::super::stream::{At, Data, Slot, Waiter};
+use super::super::stream::{At, Slot, Waiter};
 use super::super::{Action, Buffer, Event, Failed, Flow, LocalResponse, View};
 use super::{Direction, End, Inner, Stop};
 
@@ -121,8 +120,18 @@ impl Inner {
                         self.after(flow, step, index, action);
                     }
                 }
+                if !self.more(flow, index) {
+                    break;
+                }
             }
         }
+    }
+
+    /// There is something behind what a filter was told last.
+    fn more(&self, flow: Flow, index: usize) -> bool {
+        let data = self.stream.data();
+        let stage = data.slots.get(index).map(|slot| slot.stage(flow));
+        stage.is_some_and(|stage| stage.at == At::Body && (stage.fresh || stage.trailers))
     }
 
     /// What a filter has to be told next.
@@ -197,10 +206,10 @@ impl Inner {
         };
         match action {
             Action::Failed(failed) => self.fail(failed),
-            Action::Respond(reply) => self.respond(index, reply),
+            Action::Respond(reply) => self.respond(index, *reply),
             _ if reply.is_some() => {
                 if let Some(reply) = reply {
-                    self.respond(index, reply);
+                    self.respond(index, *reply);
                 }
             }
             Action::Reset => self.stop(Stop::Reset),
@@ -359,7 +368,7 @@ impl Inner {
             };
             match (lost, reply) {
                 (Some(Action::Failed(failed)), _) => self.fail(failed),
-                (_, Some(reply)) => self.respond(index, reply),
+                (_, Some(reply)) => self.respond(index, *reply),
                 _ if reset => self.stop(Stop::Reset),
                 _ => {}
             }
@@ -373,10 +382,7 @@ impl Inner {
         let tcp = {
             let mut data = self.stream.data();
             data.logging = true;
-            let Data { request, response, tcp, .. } = &mut *data;
-            request.kept = request.kept.take().or_else(|| request.head.take().map(Kept::whole));
-            response.kept = response.kept.take().or_else(|| response.head.take().map(Kept::whole));
-            *tcp
+            data.tcp
         };
         let take = |index: usize| self.stream.data().slots.get_mut(index).and_then(|slot| slot.filter.take());
         for index in (0..self.count).filter(|_| !tcp) {

@@ -35,7 +35,7 @@ fn flow(buffer: u32) -> Option<Flow> {
 fn read(caller: Guest<'_, '_>, buffer: u32, f: impl FnOnce(Guest<'_, '_>, &[u8]) -> Call) -> Call {
     let host = caller.data();
     if let Some(flow) = flow(buffer) {
-        let view = host.view.clone().filter(|view| (buffer > 1) == view.is_tcp()).ok_or(Status::NotFound)?;
+        let view = host.view().cloned().filter(|view| (buffer > 1) == view.is_tcp()).ok_or(Status::NotFound)?;
         return view.body(flow, |bytes| f(caller, bytes)).unwrap_or(Err(Status::NotFound.into()));
     }
     match (buffer, host.phase, &host.delivery) {
@@ -73,7 +73,7 @@ fn set(caller: Guest<'_, '_>, buffer: u32, start: u32, max: u32, ptr: u32, len: 
     let (memory, host) = split(caller)?;
     let bytes = slice(memory, ptr, len)?;
     let flow = flow(buffer).ok_or(Status::BadArgument)?;
-    let view = host.view.as_ref().filter(|view| (buffer > 1) == view.is_tcp()).ok_or(Status::BadArgument)?;
+    let view = host.view().filter(|view| (buffer > 1) == view.is_tcp()).ok_or(Status::BadArgument)?;
     let size = |n: u32| usize::try_from(n).unwrap_or(usize::MAX);
     let done = view.set_body(flow, size(start), size(max), bytes);
     done.then_some(()).ok_or(Fault::Status(Status::BadArgument))

@@ -126,7 +126,7 @@ fn get_property(caller: Guest<'_, '_>, p: u32, n: u32, ptr: u32, len: u32) -> Ca
 fn set_property(caller: Guest<'_, '_>, p: u32, n: u32, vp: u32, vn: u32) -> Call {
     let (memory, host) = split(caller)?;
     let (name, value) = (slice(memory, p, n)?, slice(memory, vp, vn)?);
-    let view = host.view.as_ref().ok_or(Status::NotFound)?;
+    let view = host.view().ok_or(Status::NotFound)?;
     let name = name.strip_suffix(&[0]).unwrap_or(name);
     if name.is_empty() || !view.set_property(name, value) {
         return Err(Status::BadArgument.into());
@@ -152,7 +152,7 @@ fn local_response(
     let status = StatusCode::from_u16(status).map_err(|_| Status::BadArgument)?;
     let body = slice(memory, bp, bn)?;
     let pairs = deserialize_pairs(slice(memory, hp, hn)?).ok_or(Status::BadArgument)?;
-    let view = host.view.as_ref().ok_or(Status::BadArgument)?;
+    let view = host.view().ok_or(Status::BadArgument)?;
     if body.len() > LOCAL_BODY {
         return Err(Status::BadArgument.into());
     }
@@ -190,7 +190,7 @@ fn done(caller: Guest<'_, '_>) -> Call {
 }
 
 fn continue_stream(caller: Guest<'_, '_>, kind: u32) -> Call {
-    let view = caller.data().view.as_ref();
+    let view = caller.data().view();
     match (kind, view, view.is_some_and(View::is_tcp)) {
         (0, Some(view), false) | (2, Some(view), true) => view.resume(Flow::Request),
         (1, Some(view), false) | (3, Some(view), true) => view.resume(Flow::Response),
@@ -218,7 +218,7 @@ fn close_stream(caller: Guest<'_, '_>, kind: u32) -> Call {
     if kind > 3 {
         return Err(Status::BadArgument.into());
     }
-    if let Some(view) = &caller.data().view {
+    if let Some(view) = caller.data().view() {
         view.close();
     }
     Ok(())

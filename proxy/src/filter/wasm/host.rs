@@ -284,8 +284,8 @@ pub(super) struct Host {
     pub(super) current: u32,
     /// What `set_effective_context` chose
     pub(super) effective: u32,
-    /// The stream of the effective context
-    pub(super) view: Option<View>,
+    /// The stream of the effective context, where that is not the callback's own
+    chosen: Option<Option<View>>,
     /// The stream of the callback's own context
     pub(super) own: Option<View>,
     pub(super) log: LogLimit,
@@ -317,7 +317,7 @@ impl Host {
             contexts: HashMap::default(),
             current: 0,
             effective: 0,
-            view: None,
+            chosen: None,
             own: None,
             log: LogLimit::default(),
             metrics: MetricIds::default(),
@@ -345,13 +345,18 @@ impl Host {
         &counters.meter
     }
 
+    /// The stream of the effective context.
+    pub(super) fn view(&self) -> Option<&View> {
+        self.chosen.as_ref().unwrap_or(&self.own).as_ref()
+    }
+
     /// Begins a callback of a context of the plugin `root`, in a stream or not.
     pub(super) fn begin(&mut self, context: u32, root: usize, phase: Phase, view: Option<View>) {
         self.root = root;
         self.current = context;
         self.effective = context;
         self.phase = phase;
-        self.view.clone_from(&view);
+        self.chosen = None;
         self.own = view;
         self.allocating = false;
         self.timed_out = false;
@@ -363,7 +368,7 @@ impl Host {
 
     /// The callback has returned.
     pub(super) fn end(&mut self) {
-        self.view = None;
+        self.chosen = None;
         self.own = None;
         self.delivery = None;
     }
@@ -374,7 +379,7 @@ impl Host {
         if context == 0 || context == self.current {
             self.effective = self.current;
             self.root = self.contexts.get(&self.current).map_or(self.root, |own| own.root);
-            self.view.clone_from(&self.own);
+            self.chosen = None;
             return true;
         }
         let Some(chosen) = self.contexts.get(&context) else { return false };
@@ -384,7 +389,7 @@ impl Host {
         }
         self.effective = context;
         self.root = chosen.root;
-        self.view = view;
+        self.chosen = Some(view);
         true
     }
 }
@@ -506,6 +511,10 @@ pub(super) fn read(caller: &mut Caller<'_, Host>, ptr: u32, len: u32) -> Call<Ve
 /// Writes bytes at an address.
 pub(super) fn write(caller: &mut Caller<'_, Host>, ptr: u32, bytes: &[u8]) -> Call {
     let (memory, _) = split(caller)?;
+    Ok(put(memory, ptr, bytes)?)
+}
+
+fn put(memory: &mut [u8], ptr: u32, bytes: &[u8]) -> Result<(), Status> {
     let start = usize::try_from(ptr).map_err(|_| Status::InvalidMemoryAccess)?;
     let end = start.checked_add(bytes.len()).ok_or(Status::InvalidMemoryAccess)?;
     memory.get_mut(start..end).ok_or(Status::InvalidMemoryAccess)?.copy_from_slice(bytes);
@@ -521,23 +530,28 @@ pub(super) fn write_u32(caller: &mut Caller<'_, Host>, ptr: u32, value: u32) -> 
 /// no bytes.
 pub(super) fn give(caller: &mut Caller<'_, Host>, bytes: &[u8], out_ptr: u32, out_len: u32) -> Call {
     // Both result addresses first, so that a bad one does not leak the guest's memory.
-    write_u32(caller, out_ptr, 0)?;
-    write_u32(caller, out_len, 0)?;
+    let (memory, _) = split(caller)?;
+    put(memory, out_ptr, &[0; 4])?;
+    put(memory, out_len, &[0; 4])?;
     if bytes.is_empty() {
         return Ok(());
     }
     let len = u32::try_from(bytes.len()).map_err(|_| Status::InternalFailure)?;
     let at = allocate(caller, len)?;
-    write(caller, at, bytes)?;
-    write_u32(caller, out_ptr, at)?;
-    write_u32(caller, out_len, len)
+    let (memory, _) = split(caller)?;
+    put(memory, at, bytes)?;
+    put(memory, out_ptr, &at.to_le_bytes())?;
+    Ok(put(memory, out_len, &len.to_le_bytes())?)
 }
 
 fn allocate(caller: &mut Caller<'_, Host>, len: u32) -> Call<u32> {
-    let allocator = caller.data().allocator.clone().ok_or(Status::InternalFailure)?;
-    caller.data_mut().allocating = true;
+    let host = caller.data_mut();
+    let allocator = host.allocator.take().ok_or(Status::InternalFailure)?;
+    host.allocating = true;
     let at = allocator.call(&mut *caller, len);
-    caller.data_mut().allocating = false;
+    let host = caller.data_mut();
+    host.allocating = false;
+    host.allocator = Some(allocator);
     match at.map_err(Fault::Trap)? {
         0 => Err(Status::InvalidMemoryAccess.into()),
         at => Ok(at),

@@ -44,7 +44,7 @@ trait Visit {
 /// Reads a map. `None`: it cannot be read now.
 fn visit(caller: Guest<'_, '_>, map: u32, visit: impl Visit) -> Option<Call> {
     if let Some((flow, which)) = place(map) {
-        let view = caller.data().view.clone()?;
+        let view = caller.data().view().cloned()?;
         return view.read(flow, which, |head| match head {
             HeadRef::Request(head) => visit.visit(caller, head),
             HeadRef::Response(head) => visit.visit(caller, head),
@@ -123,7 +123,7 @@ fn value(caller: Guest<'_, '_>, map: u32, kp: u32, kn: u32, ptr: u32, len: u32) 
 macro_rules! writing {
     ($host:expr, $map:expr, ($head:ident, $lacking:ident) => $use:expr) => {
         place($map)
-            .zip($host.view.as_ref())
+            .zip($host.view())
             .and_then(|((flow, which), view)| {
                 view.write(flow, which, |head| match head {
                     HeadMut::Request($head, $lacking) => $use,

@@ -34,7 +34,7 @@ pub(super) fn get(host: &Host, path: &[u8], out: Out<'_>) -> Done {
         ("plugin_vm_id", None) => return put(out, &plugin.vm_id),
         _ => {}
     }
-    let view = host.view.as_ref().ok_or(Status::NotFound)?;
+    let view = host.view().ok_or(Status::NotFound)?;
     view.facts(|facts| of_stream(facts, host.phase, path, (head, rest), out))
 }
 

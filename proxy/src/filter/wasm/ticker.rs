@@ -1,8 +1,9 @@
 //! The clock that stops runaway guests, and sees how much of its thread's time each uses.
 //!
 //! Each thread that calls guests owns a slot: a counter that is odd while a call is in flight. One ticker thread looks at the
-//! slots every millisecond and moves the engine's epoch on only when some slot is still in the call it was in a tick ago, so a
-//! call that ends in time costs three stores and no clock is read. With no calls at all the ticker sleeps until one begins.
+//! slots every few milliseconds, every millisecond while it finds calls in flight, and moves the engine's epoch on only when some
+//! slot is still in the call it was in a tick ago, so a call that ends in time costs three stores and no clock is read. With no calls
+//! at all the ticker sleeps until one begins.
 //!
 //! What a look finds in a call is taken to have been in it since the look before: over many calls that is the time they took, and it costs
 //! them nothing.
@@ -16,10 +17,12 @@ use std::time::{Duration, Instant};
 
 use wasmtime::{Engine, EngineWeak};
 
-/// Period of the ticker: the precision of time limits.
+/// Period of the ticker while a call is in flight: the precision of time limits, once a call was seen.
 pub(super) const TICK: Duration = Duration::from_millis(1);
-/// Ticks without any call after which the ticker sleeps.
-const IDLE_TICKS: u32 = 64;
+/// Its period otherwise. A thread of the proxy's own that wakes each millisecond costs as much as what short calls do.
+const CALM: Duration = Duration::from_millis(4);
+/// Looks without any call after which the ticker sleeps.
+const IDLE_TICKS: u32 = 16;
 
 /// Longest time that one look stands for: who sleeps longer saw less.
 const MOST: Duration = Duration::from_millis(10);
@@ -170,7 +173,7 @@ fn run(weak: &Weak<Ticker>, engine: &EngineWeak) {
         idle = if active || over { 0 } else { idle + 1 };
         if idle < IDLE_TICKS {
             drop(ticker);
-            std::thread::sleep(TICK);
+            std::thread::sleep(if busy.is_empty() { CALM } else { TICK });
             continue;
         }
         ticker.asleep.store(true, Ordering::SeqCst);
