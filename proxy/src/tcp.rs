@@ -1,6 +1,6 @@
 //! Opaque streams: where they go, and whether they may. Their bytes are [`crate::copy`]'s.
 
-mod filtered;
+pub(crate) mod filtered;
 
 use std::net::SocketAddr;
 use std::rc::Rc;
@@ -31,7 +31,7 @@ use crate::upstream::{self, Cluster, Label, Link, Opened, Target, Wire};
 use crate::worker::Worker;
 
 /// Without a byte in either direction.
-const IDLE: Duration = Duration::from_secs(3600);
+pub(crate) const IDLE: Duration = Duration::from_secs(3600);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 /// Destinations outside the mesh may be far away.
 const OUTSIDE_CONNECT: Duration = Duration::from_secs(10);

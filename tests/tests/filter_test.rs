@@ -88,6 +88,11 @@ fn ext_authz_passes_its_cases_and_nothing_else_does() {
 }
 
 #[test]
+fn sniff_passes_its_cases_and_nothing_else_does() {
+    example("sniff");
+}
+
+#[test]
 fn the_conformance_cases_run_by_the_same_command() {
     let modules = tempfile::tempdir().unwrap();
     let all = cases().iter().flat_map(|case| {
@@ -227,5 +232,82 @@ fn what_was_observed_is_recorded_and_the_rest_of_the_file_stays() {
     assert_eq!(fs::read_to_string(&file).unwrap(), now);
     // And it is a test: another filter fails it.
     Guest::adds("0_2_1", "x-tag", "other").write(&directory.path().join("tag.wasm"));
+    assert_eq!(test(&[&path]).status.code(), Some(1));
+}
+
+/// A directory with a TCP filter that holds what begins with `h` and closes what begins with `c`, and these cases.
+fn holder(steps: &str) -> (tempfile::TempDir, String) {
+    let directory = tempfile::tempdir().unwrap();
+    let look = "(drop (call $get_buffer_bytes (i32.const 2) (i32.const 0) (i32.const 1) (i32.const 16) (i32.const 20)))
+        (local.set $first (i32.load8_u (i32.load (i32.const 16))))
+        (if (i32.eq (local.get $first) (i32.const 99)) (then (drop (call $close_stream (i32.const 2)))))
+        (i32.eq (local.get $first) (i32.const 104))";
+    Guest::new("0_2_1")
+        .import("get_buffer_bytes", 5)
+        .import("close_stream", 1)
+        .field(&format!(
+            "(func (export \"proxy_on_downstream_data\") (param i32 i32 i32) (result i32) (local $first i32) {look})"
+        ))
+        .write(&directory.path().join("hold.wasm"));
+    let cases = format!("filters: [{{module: hold.wasm}}]\ncases:\n- name: a connection\n  steps:\n{steps}");
+    fs::write(directory.path().join("cases.yaml"), cases).unwrap();
+    let path = directory.path().display().to_string();
+    (directory, path)
+}
+
+#[test]
+fn a_failure_on_a_tcp_connection_is_shown_with_what_was_expected_and_observed() {
+    let (_directory, path) = holder(
+        "  - tcp: {client: hold}\n    expect: {tcp: {state: open, upstream: ''}}\n  \
+         - name: another\n    tcp: {connect: true, client: [{hex: '00 ff'}, close], upstream: lost}\n    \
+         expect: {tcp: {state: open, upstream: {hex: '00 fe'}, client: lost}, log: [info closed]}\n",
+    );
+    let failed = test(&[&path]);
+    assert_eq!(failed.status.code(), Some(1), "{failed:?}");
+    let said = text(&failed.stdout);
+    let line = said.lines().position(|line| line.contains("FAIL  a connection (")).unwrap_or_else(|| panic!("{said}"));
+    let below: Vec<&str> = said.lines().skip(line + 1).take(13).map(str::trim).collect();
+    let bytes = [r#"- b"\x00\xfe""#, r#"+ b"\x00\xff""#];
+    let expected = [
+        "another",
+        "tcp state",
+        "- open",
+        "+ filter-response",
+        "tcp upstream",
+        bytes[0],
+        bytes[1],
+        "tcp client",
+        "- \"lost\"",
+        "+ \"\"",
+        "log 1",
+        "- \"info closed\"",
+        "+ nothing",
+    ];
+    assert_eq!(below, expected, "{said}");
+}
+
+#[test]
+fn what_was_observed_of_a_tcp_connection_is_recorded() {
+    let (directory, path) = holder(
+        "  # Everything, where nothing is expected\n  - tcp: {client: [one, {hex: 'ff 00'}], upstream: back}\n  \
+         # Only what is named\n  - tcp: {client-end: true}\n    expect: {tcp: {state: ended, upstream-end: false}}\n  \
+         # This one is right\n  - tcp: {connect: true, client: close}\n    expect: {tcp: {state: filter-response}}   # and stays\n",
+    );
+    let file = directory.path().join("cases.yaml");
+    let recorded = test(&[&path, "--record"]);
+    assert_eq!(recorded.status.code(), Some(0), "{recorded:?}");
+    assert!(text(&recorded.stdout).contains("2 steps recorded"), "{recorded:?}");
+    let now = fs::read_to_string(&file).unwrap();
+    let everything = "    expect:\n      tcp:\n        state: open\n        upstream:\n          hex: \"6f6e65ff00\"\n        client: back\n  # Only";
+    assert!(now.contains(everything), "{now}");
+    assert!(
+        now.contains("    expect:\n      tcp:\n        state: open\n        upstream-end: true\n  # This"),
+        "{now}"
+    );
+    assert!(now.contains("expect: {tcp: {state: filter-response}}   # and stays\n"), "{now}");
+    // What is recorded passes, and is recorded no more; and it is a test.
+    assert_eq!(test(&[&path, "--record"]).status.code(), Some(0));
+    assert_eq!(fs::read_to_string(&file).unwrap(), now);
+    Guest::new("0_2_1").write(&directory.path().join("hold.wasm"));
     assert_eq!(test(&[&path]).status.code(), Some(1));
 }

@@ -95,7 +95,10 @@ pub(super) fn run(args: &Args, global: &Global) -> anyhow::Result<ExitCode> {
     }
     let mut notes = notes(&saved, baseline.as_ref());
     if sent.left_out > 0 {
-        notes.push(format!("{} steps are left out: they need others to play, or never end", sent.left_out));
+        notes.push(format!(
+            "{} steps are left out: they need others to play, never end, or are of TCP connections",
+            sent.left_out
+        ));
     }
     match global.output {
         Format::Json => output::json(&serde_json::json!({
@@ -134,15 +137,21 @@ fn of_cases(file: &Path) -> anyhow::Result<Sent> {
     // Cases with filters of their own are about other configurations.
     let cases = suite.cases.iter().filter(|case| case.filters.is_empty() || suite.filters.is_empty());
     let mut sent = Sent { exchanges: Vec::new(), configuration: configuration.unwrap_or_default(), left_out: 0 };
+    let mut tcp = false;
     for step in cases.flat_map(|case| &case.steps) {
+        tcp |= step.tcp.is_some();
         match &step.request {
             Some(request) if step.services.is_empty() && !step.upstream.hang && !request.disconnect => {
                 sent.exchanges.push((request.clone(), step.upstream.clone()));
             }
             Some(_) => sent.left_out += 1,
-            None => {}
+            None => sent.left_out += usize::from(step.tcp.is_some()),
         }
     }
+    ensure!(
+        !sent.exchanges.is_empty() || !tcp,
+        "--cases {name}: its cases are of TCP connections, and bench measures requests: there is no bench of a TCP filter"
+    );
     ensure!(!sent.exchanges.is_empty(), "--cases {name}: there is no request in it that could be sent");
     Ok(sent)
 }
@@ -274,6 +283,22 @@ mod tests {
             assert!(line.contains(part), "{part}: {text}");
         }
         assert!(notes(&now, Some(&before)).is_empty());
+    }
+
+    #[test]
+    fn cases_of_tcp_connections_are_left_out_or_refused() {
+        let file = tempfile::Builder::new().suffix(".yaml").tempfile().unwrap();
+        let read = |steps: &str| {
+            let text = format!(
+                "filters: [{{module: f.wasm}}]\ncases:\n- name: tcp\n  steps: [{{tcp: {{client: hi}}}}]\n{steps}"
+            );
+            std::fs::write(file.path(), text).unwrap();
+            of_cases(file.path())
+        };
+        let refused = read("").map(drop).unwrap_err().to_string();
+        assert!(refused.contains("of TCP connections, and bench measures requests"), "{refused}");
+        let sent = read("- name: http\n  steps: [{request: {}}]\n").unwrap();
+        assert_eq!((sent.exchanges.len(), sent.left_out), (1, 1));
     }
 
     #[test]

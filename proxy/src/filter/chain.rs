@@ -15,7 +15,7 @@ use http::{HeaderMap, HeaderValue, request, response};
 use super::kept::Kept;
 use super::local::is_grpc;
 use super::stream::{At, Waiter};
-use super::{Event, Failed, Filter, Flow, Peer, Plugin, Stream, StreamInfo};
+use super::{Event, Failed, Filter, FilterState, Flow, Peer, Plugin, Stream, StreamInfo};
 
 /// What comes out of a chain behind a head.
 #[derive(Debug)]
@@ -130,6 +130,11 @@ impl Chain {
     /// Facts that become known later (upstream, route).
     pub fn info<R>(&self, f: impl FnOnce(&mut StreamInfo) -> R) -> R {
         f(&mut self.0.stream.data().info)
+    }
+
+    /// Properties that filters set.
+    pub fn properties<R>(&self, f: impl FnOnce(&FilterState) -> R) -> R {
+        f(&self.0.stream.data().state)
     }
 
     /// Some filter has something to do with bodies of a direction, or holds one.

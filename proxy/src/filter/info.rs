@@ -135,6 +135,11 @@ impl FilterState {
         self.entries.iter().find(|(key, _)| key == name).map(|(_, value)| value.as_slice())
     }
 
+    /// Every name and value, in the order in which the names were set first.
+    pub fn iter(&self) -> impl Iterator<Item = (&[u8], &[u8])> {
+        self.entries.iter().map(|(name, value)| (name.as_slice(), value.as_slice()))
+    }
+
     /// Sets a value. False: the exchange's limit of 64 KiB is reached, and nothing changed.
     pub fn set(&mut self, name: &[u8], value: &[u8]) -> bool {
         let old = self.entries.iter().position(|(key, _)| key == name);
@@ -166,5 +171,9 @@ mod tests {
         assert!(state.set(b"a", b"2"));
         assert!(state.set(b"b", &[7; 10_000]));
         assert_eq!(state.get(b"a"), Some(&b"2"[..]));
+        assert_eq!(
+            state.iter().map(|(name, value)| (name, value.len())).collect::<Vec<_>>(),
+            [(&b"a"[..], 1), (b"b", 10_000)]
+        );
     }
 }

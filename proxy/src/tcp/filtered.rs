@@ -96,7 +96,7 @@ impl ConnectionFacts for Facts {
 
 /// The filters of one connection, and how far the client's side has come.
 #[derive(Debug)]
-pub(super) struct Filtered {
+pub(crate) struct Filtered {
     chain: Chain,
     up: Half,
     down: Half,
@@ -117,7 +117,7 @@ struct Half {
 }
 
 /// Why filters end a connection.
-pub(super) fn reason(stop: Stop) -> (Reason, String) {
+pub(crate) fn reason(stop: Stop) -> (Reason, String) {
     match stop {
         Stop::Failed(failed) => (Reason::FilterFailed, format!("filter {}: {}", failed.filter, failed.reason)),
         Stop::TooLarge(Flow::Request) => (Reason::FilterRequestTooLarge, String::new()),
@@ -151,12 +151,12 @@ fn poll_read(
 }
 
 impl Filtered {
-    pub(super) fn new(chain: Chain) -> Self {
+    pub(crate) fn new(chain: Chain) -> Self {
         Self { chain, up: Half::default(), down: Half::default(), left: false }
     }
 
     /// Waits until every filter has let the new connection in; meanwhile the client's first bytes gather in them.
-    pub(super) async fn admit(
+    pub(crate) async fn admit(
         &mut self,
         client: &mut (impl AsyncRead + Unpin),
         idle: Duration,
@@ -187,12 +187,12 @@ impl Filtered {
     }
 
     /// The endpoint that was chosen.
-    pub(super) fn connected_to(&self, upstream: Option<SocketAddr>) {
+    pub(crate) fn connected_to(&self, upstream: Option<SocketAddr>) {
         self.chain.info(|info| info.upstream = upstream);
     }
 
     /// Carries until both sides have ended, one has broken, a filter ends it, or nothing passed for `idle`. `heard` is told once who spoke first.
-    pub(super) async fn carry<A, B>(
+    pub(crate) async fn carry<A, B>(
         &mut self,
         client: A,
         server: B,

@@ -114,9 +114,10 @@ pub(super) fn write(
     }
     to.write_all((head + "\r\n").as_bytes())?;
     for chunk in body {
-        let text = chunk.text();
-        let framed = if chunked { format!("{:x}\r\n{text}\r\n", text.len()) } else { text };
-        to.write_all(framed.as_bytes())?;
+        let bytes = chunk.bytes();
+        let size = format!("{:x}\r\n", bytes.len());
+        let framed = if chunked { [size.as_bytes(), &bytes, b"\r\n"].concat() } else { bytes };
+        to.write_all(&framed)?;
         sent();
     }
     if chunked {

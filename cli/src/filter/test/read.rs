@@ -172,6 +172,63 @@ mod tests {
     }
 
     #[test]
+    fn a_case_is_of_requests_or_of_a_tcp_connection() {
+        let yaml = |steps: &str| {
+            wrong("c.yaml", &format!("filters: [{{module: f.wasm}}]\ncases:\n- name: one\n  steps:\n{steps}"))
+        };
+        for (steps, said) in [
+            (
+                "  - tcp: {client: hi}\n  - request: {}\n",
+                "c.yaml:6: cases[0].steps[1].request: this case is of a TCP connection (steps[0].tcp); requests go into a case of their own",
+            ),
+            (
+                "  - request: {}\n    tcp: {}\n",
+                "c.yaml:6: cases[0].steps[0].tcp: this case is of requests (steps[0].request); TCP connections go into a case of their own",
+            ),
+            (
+                "  - tcp: {}\n    upstream: {status: 404}\n",
+                "c.yaml:6: cases[0].steps[0].upstream: is of requests, and this case is of a TCP connection; what the upstream sends is tcp.upstream",
+            ),
+            (
+                "  - tcp: {}\n    expect:\n      response: {status: 200}\n",
+                "c.yaml:7: cases[0].steps[0].expect.response: is of requests, and this case is of a TCP connection; what comes to the client is \
+                 expect.tcp.client",
+            ),
+            (
+                "  - expect: {tcp: {client: hi}}\n",
+                "c.yaml:5: cases[0].steps[0].expect.tcp: there is no TCP connection in this case; a step makes one with tcp (`tcp: {connect: true}`)",
+            ),
+            (
+                "  - tcp: {client-end: true}\n  - tcp: {client: more}\n",
+                "c.yaml:6: cases[0].steps[1].tcp.client: it has ended in steps[0] (client-end); `connect: true` begins a new connection",
+            ),
+            (
+                "  - tcp: {clinet: hi}\n",
+                "c.yaml:5: cases[0].steps[0].tcp.clinet: unknown field; did you mean `client`?",
+            ),
+            (
+                "  - tcp: {}\n    expect: {tcp: {state: closed}}\n",
+                "c.yaml:6: cases[0].steps[0].expect.tcp.state: `closed` is not one of waiting, open, ended, filter-response, filter-failed, \
+                 filter-request-too-large, filter-response-too-large",
+            ),
+            (
+                "  - tcp: {client: {hex: 160301}}\n",
+                "c.yaml:5: cases[0].steps[0].tcp.client.hex: expected hexadecimal digits; put them in quotes, as \"16 03 01\"",
+            ),
+            (
+                "  - tcp: {client: {hex: 1x}}\n",
+                "c.yaml:5: cases[0].steps[0].tcp.client: \"1x\" are no bytes in hexadecimal: Invalid character 'x' at position 1",
+            ),
+            (
+                "  - tcp: {client: [{times: 3}]}\n",
+                "c.yaml:5: cases[0].steps[0].tcp.client[0]: expected {repeat: TEXT, times: NUMBER} or {hex: BYTES}",
+            ),
+        ] {
+            assert_eq!(yaml(steps), said);
+        }
+    }
+
+    #[test]
     fn headers_and_bodies_are_written_in_several_ways() {
         let root = tempfile::tempdir().unwrap();
         let path = root.path().join("c.yaml");
@@ -185,9 +242,9 @@ mod tests {
         assert_eq!(file.suite.cases[0].filters[0].configuration, r#"{"a":[1]}"#);
         let request = step.request.as_ref().unwrap();
         assert_eq!(request.headers, ["x-a: 3", "x-b: 1", "x-b: two"]);
-        assert_eq!(request.body[0].text(), "text");
+        assert_eq!(request.body[0].bytes(), b"text");
         let response = step.expect.response.as_ref().unwrap();
         assert_eq!(response.headers, ["x-a: 1", "x-b: 2", "x-none"]);
-        assert_eq!(response.body.as_ref().unwrap().text(), "abab");
+        assert_eq!(response.body.as_ref().unwrap().bytes(), b"abab");
     }
 }

@@ -5,8 +5,8 @@ use std::fs;
 use anyhow::{Context as _, bail};
 use outrigger_core::resource::Located;
 use outrigger_proxy::filter::cases::{
-    Case, Expect, ExpectRequest, ExpectResponse, ExpectUpstream, Headers, Outcome, Seen, SeenRequest, SeenResponse,
-    Step, Suite, compare, compare_start, pair,
+    Case, Expect, ExpectRequest, ExpectResponse, ExpectTcp, ExpectUpstream, Headers, Outcome, Seen, SeenRequest,
+    SeenResponse, SeenTcp, Step, Suite, compare, compare_start, pair,
 };
 
 use super::find::is_yaml;
@@ -134,6 +134,9 @@ fn expectation(step: &Step, seen: &Seen) -> Node {
     if step.request.is_some() && (all || expect.upstream.is_some()) {
         add("upstream", upstream_of(expect.upstream.as_ref(), &seen.upstream));
     }
+    if let Some(tcp) = seen.tcp.as_ref().filter(|_| all || expect.tcp.is_some()) {
+        add("tcp", tcp_of(expect.tcp.as_ref(), tcp));
+    }
     if (all && !seen.called.is_empty()) || expect.called.is_some() {
         let named = expect.called.as_deref().unwrap_or_default();
         let called = seen.called.iter().enumerate().map(|(index, seen)| request_of(named.get(index), seen));
@@ -154,11 +157,42 @@ fn expectation(step: &Step, seen: &Seen) -> Node {
     if !metrics.is_empty() {
         add("metrics", Node::Map(metrics));
     }
+    let properties = seen.properties.iter().filter(|(name, _)| all || expect.properties.contains_key(*name));
+    let properties: Vec<_> = properties.map(|(name, value)| (name.clone(), Node::Text(value.clone()))).collect();
+    if !properties.is_empty() {
+        add("properties", Node::Map(properties));
+    }
     Node::Map(map)
 }
 
-fn text_of(bytes: &[u8]) -> Node {
-    Node::Text(String::from_utf8_lossy(bytes).into_owned())
+/// A text where it can be read as one, else in hexadecimal.
+fn bytes_of(bytes: &[u8]) -> Node {
+    let readable = |text: &&str| !text.contains(|c: char| c.is_control() && !"\r\n\t".contains(c));
+    match std::str::from_utf8(bytes).ok().filter(readable) {
+        Some(text) => Node::Text(text.to_owned()),
+        None => {
+            let digits: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+            Node::Map(vec![("hex".into(), Node::Text(digits))])
+        }
+    }
+}
+
+fn tcp_of(named: Option<&ExpectTcp>, seen: &SeenTcp) -> Node {
+    let mut map: Vec<(String, Node)> = Vec::new();
+    let mut add = |wanted: bool, key: &str, node: Node| {
+        if wanted {
+            map.push((key.to_owned(), node));
+        }
+    };
+    let plain = |value: &dyn std::fmt::Display| Node::Plain(value.to_string());
+    add(named.is_none_or(|named| named.state.is_some()), "state", plain(&seen.state));
+    add(named.is_none_or(|named| named.upstream.is_some()), "upstream", bytes_of(&seen.upstream));
+    add(named.is_none_or(|named| named.client.is_some()), "client", bytes_of(&seen.client));
+    let end = named.map_or(seen.upstream_end, |named| named.upstream_end.is_some());
+    add(end, "upstream-end", plain(&seen.upstream_end));
+    let end = named.map_or(seen.client_end, |named| named.client_end.is_some());
+    add(end, "client-end", plain(&seen.client_end));
+    Node::Map(map)
 }
 
 /// Of the fields that `named` names, or of all: what they are.
@@ -194,7 +228,7 @@ fn response_of(named: Option<&ExpectResponse>, seen: &SeenResponse) -> Node {
     let headers = fields(named.map(|named| named.headers.as_slice()), &seen.headers);
     add(!headers.is_empty(), "headers", headers);
     let body = named.map_or(!seen.body.is_empty(), |named| named.body.is_some());
-    add(body, "body", text_of(&seen.body));
+    add(body, "body", bytes_of(&seen.body));
     let trailers = fields(named.map(|named| named.trailers.as_slice()), &seen.trailers);
     add(!trailers.is_empty(), "trailers", trailers);
     add(seen.reset, "reset", flag());
@@ -226,7 +260,7 @@ fn request_of(named: Option<&ExpectRequest>, seen: &SeenRequest) -> Node {
     let headers = fields(named.map(|named| named.headers.as_slice()), &seen.headers);
     add(!headers.is_empty(), "headers", headers);
     let body = named.map_or(!seen.body.is_empty(), |named| named.body.is_some());
-    add(body, "body", text_of(&seen.body));
+    add(body, "body", bytes_of(&seen.body));
     let trailers = fields(named.map(|named| named.trailers.as_slice()), &seen.trailers);
     add(!trailers.is_empty(), "trailers", trailers);
     Node::Map(map)

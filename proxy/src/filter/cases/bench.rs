@@ -261,7 +261,12 @@ impl Exchange {
                     answered.clear();
                     response = None;
                 }
-                Some(Stop::Failed(failed)) => return Err(format!("the filter failed: {}", failed.reason)),
+                Some(Stop::Failed(failed)) => {
+                    // SDKs export the callbacks of both kinds, so that nothing tells before.
+                    let why =
+                        "the filter failed at a request, as one of TCP connections does, which bench does not measure";
+                    return Err(format!("{why}: {}", failed.reason));
+                }
                 Some(Stop::TooLarge(_)) => return Err("a body is longer than what is held for filters".into()),
                 Some(Stop::Reset) => return Err("the filter reset the exchange".into()),
             }

@@ -103,7 +103,8 @@ impl Outside for Called {
 }
 
 fn answer(reply: &Reply) -> Response<AnswerBody> {
-    let mut frames: Vec<Frame<Bytes>> = reply.body.iter().map(|chunk| Frame::data(Bytes::from(chunk.text()))).collect();
+    let mut frames: Vec<Frame<Bytes>> =
+        reply.body.iter().map(|chunk| Frame::data(Bytes::from(chunk.bytes()))).collect();
     let trailers: HeaderMap = fields(&reply.trailers);
     if !trailers.is_empty() {
         frames.push(Frame::trailers(trailers));

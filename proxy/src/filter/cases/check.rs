@@ -27,6 +27,66 @@ fn check_case(case: &Case) -> Result<(), (String, String)> {
     for (index, step) in case.steps.iter().enumerate() {
         check_step(step).map_err(|(path, why)| (format!("steps[{index}].{path}"), why))?;
     }
+    check_protocol(&case.steps)
+}
+
+/// A case has requests or TCP connections, and expects nothing of the others.
+fn check_protocol(steps: &[Step]) -> Result<(), (String, String)> {
+    let first = |is: fn(&Step) -> bool| steps.iter().position(is);
+    let (request, tcp) = (first(|step| step.request.is_some()), first(|step| step.tcp.is_some()));
+    let other = |field: &str, index: usize, what: &str, own: &str| {
+        Err((format!("steps[{index}].{field}"), format!("{what}; {own} go into a case of their own")))
+    };
+    match (request, tcp) {
+        (Some(request), Some(tcp)) if request <= tcp => {
+            other("tcp", tcp, &format!("this case is of requests (steps[{request}].request)"), "TCP connections")
+        }
+        (Some(request), Some(tcp)) => {
+            other("request", request, &format!("this case is of a TCP connection (steps[{tcp}].tcp)"), "requests")
+        }
+        (None, Some(_)) => check_tcp(steps),
+        (_, None) => match first(|step| step.expect.tcp.is_some()) {
+            Some(index) => {
+                let why = "there is no TCP connection in this case; a step makes one with tcp (`tcp: {connect: true}`)";
+                Err((format!("steps[{index}].expect.tcp"), why.into()))
+            }
+            None => Ok(()),
+        },
+    }
+}
+
+/// What only requests have, and what a side sends after its end.
+fn check_tcp(steps: &[Step]) -> Result<(), (String, String)> {
+    let mut ended = [None, None];
+    for (index, step) in steps.iter().enumerate() {
+        let of_requests = [
+            ("upstream", step.upstream != Reply::default(), "what the upstream sends is tcp.upstream"),
+            ("update-during", step.update_during.is_some(), "`update` replaces the chain; a connection keeps its own"),
+            ("expect.response", step.expect.response.is_some(), "what comes to the client is expect.tcp.client"),
+            ("expect.upstream", step.expect.upstream.is_some(), "what comes to the upstream is expect.tcp.upstream"),
+        ];
+        for (field, is, remedy) in of_requests {
+            if is {
+                let why = format!("is of requests, and this case is of a TCP connection; {remedy}");
+                return Err((format!("steps[{index}].{field}"), why));
+            }
+        }
+        let Some(tcp) = &step.tcp else { continue };
+        if tcp.connect {
+            ended = [None, None];
+        }
+        let sides = [("client", &tcp.client, tcp.client_end), ("upstream", &tcp.upstream, tcp.upstream_end)];
+        for ((side, sent, end), ended) in sides.into_iter().zip(&mut ended) {
+            if let Some(before) = ended.filter(|_| !sent.is_empty()) {
+                let why =
+                    format!("it has ended in steps[{before}] ({side}-end); `connect: true` begins a new connection");
+                return Err((format!("steps[{index}].tcp.{side}"), why));
+            }
+            if end {
+                *ended = Some(index);
+            }
+        }
+    }
     Ok(())
 }
 

@@ -93,9 +93,35 @@ pub(super) fn chunks<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<Chunk>, D
 
 #[derive(serde::Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Repeat {
-    repeat: String,
-    times: usize,
+struct Made {
+    repeat: Option<String>,
+    times: Option<usize>,
+    #[serde(default, deserialize_with = "digits")]
+    hex: Option<String>,
+}
+
+/// Hexadecimal digits; without quotes YAML may take them for a number.
+fn digits<'de, D: Deserializer<'de>>(from: D) -> Result<Option<String>, D::Error> {
+    match Value::deserialize(from)? {
+        Value::String(digits) => Ok(Some(digits)),
+        _ => Err(de::Error::custom("expected hexadecimal digits; put them in quotes, as \"16 03 01\"")),
+    }
+}
+
+impl Made {
+    const FORMS: &str = "{repeat: TEXT, times: NUMBER} or {hex: BYTES}";
+
+    fn chunk<E: de::Error>(self) -> Result<Chunk, E> {
+        match self {
+            Self { repeat: Some(repeat), times: Some(times), hex: None } => Ok(Chunk::Repeat { repeat, times }),
+            Self { repeat: None, times: None, hex: Some(digits) } => {
+                let bare: String = digits.split_whitespace().collect();
+                let wrong = |error| E::custom(format!("{digits:?} are no bytes in hexadecimal: {error}"));
+                hex::decode(bare).map(Chunk::Bytes).map_err(wrong)
+            }
+            _ => Err(E::custom(format!("expected {}", Self::FORMS))),
+        }
+    }
 }
 
 impl<'de> Deserialize<'de> for Chunk {
@@ -105,7 +131,7 @@ impl<'de> Deserialize<'de> for Chunk {
             type Value = Chunk;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("a text, or {repeat: TEXT, times: NUMBER}")
+                write!(f, "a text, or {}", Made::FORMS)
             }
 
             fn visit_str<E: de::Error>(self, text: &str) -> Result<Chunk, E> {
@@ -113,8 +139,7 @@ impl<'de> Deserialize<'de> for Chunk {
             }
 
             fn visit_map<M: MapAccess<'de>>(self, map: M) -> Result<Chunk, M::Error> {
-                let Repeat { repeat, times } = Repeat::deserialize(MapAccessDeserializer::new(map))?;
-                Ok(Chunk::Repeat { repeat, times })
+                Made::deserialize(MapAccessDeserializer::new(map))?.chunk()
             }
         }
         from.deserialize_any(Either)

@@ -22,7 +22,7 @@ pub(super) enum Input {
 
 /// What goes into a direction behind its head. HTTP says the end by itself, after the last byte.
 pub(super) fn inputs(body: &[Chunk], trailers: &[String]) -> VecDeque<Input> {
-    let mut all: VecDeque<Input> = body.iter().map(|chunk| Input::Data(chunk.text().into())).collect();
+    let mut all: VecDeque<Input> = body.iter().map(|chunk| Input::Data(chunk.bytes().into())).collect();
     all.push_back(if trailers.is_empty() { Input::End } else { Input::Trailers(fields(trailers)) });
     all
 }

@@ -10,14 +10,16 @@ mod drive;
 mod model;
 mod observe;
 mod run;
+mod tcp;
 
 pub use bench::{Bench, Cost, Costs, bench};
 pub use check::check;
 pub use model::{
-    Case, Chunk, Expect, ExpectRequest, ExpectResponse, ExpectUpstream, FilterSpec, Peer, Reply, Request, Service,
-    Start, Step, Suite,
+    Case, Chunk, Expect, ExpectRequest, ExpectResponse, ExpectTcp, ExpectUpstream, FilterSpec, Peer, Reply, Request,
+    Service, Start, Step, Suite, Tcp, TcpState,
 };
 pub use observe::{
-    Difference, Differences, Headers, Seen, SeenRequest, SeenResponse, compare, compare_refusal, compare_start, pair,
+    Difference, Differences, Headers, Seen, SeenRequest, SeenResponse, SeenTcp, compare, compare_refusal,
+    compare_start, pair,
 };
 pub use run::{Modules, Outcome, Runner, metric, moment};

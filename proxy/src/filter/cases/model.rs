@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use outrigger_core::reason::Reason;
 use serde::Deserialize;
 
 use super::decode;
@@ -62,9 +63,11 @@ pub struct Case {
 }
 
 impl Case {
-    /// Something happens after the start, and nothing keeps it from going through a whole proxy.
+    /// Something happens after the start, and nothing keeps it from going through a whole proxy, between a client and an application of HTTP.
     pub fn is_traffic(&self) -> bool {
-        self.in_process_only.is_none() && self.clock.is_none() && !self.steps.is_empty()
+        let inside = |step: &Step| step.tcp.is_some() || !step.expect.properties.is_empty();
+        let through = self.in_process_only.is_none() && self.clock.is_none() && !self.steps.iter().any(inside);
+        through && !self.steps.is_empty()
     }
 }
 
@@ -132,7 +135,7 @@ pub struct Start {
     pub log: Vec<String>,
 }
 
-/// One exchange, or time that passes, or a change of the configuration.
+/// One exchange, or what happens on a TCP connection, or time that passes, or a change of the configuration.
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Step {
@@ -145,13 +148,15 @@ pub struct Step {
     pub update_during: Option<Vec<FilterSpec>>,
     /// The step's exchange
     pub request: Option<Request>,
+    /// What happens on the case's TCP connection, which goes on from step to step. A case has requests or TCP connections, not both
+    pub tcp: Option<Tcp>,
     /// What the application answers
     #[serde(default)]
     pub upstream: Reply,
     /// What called services answer, by name; others are unknown to the mesh
     #[serde(default)]
     pub services: BTreeMap<String, Service>,
-    /// Time that passes after the exchange, milliseconds
+    /// Time that passes after that, milliseconds
     #[serde(default)]
     pub wait_ms: u64,
     /// What must come of it
@@ -159,11 +164,32 @@ pub struct Step {
     pub expect: Expect,
 }
 
-/// Bytes: a text, or one repeated (`{repeat: x, times: 1000}`).
+/// What happens on a TCP connection, in the order of these fields; another order takes several steps.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default, rename_all = "kebab-case")]
+pub struct Tcp {
+    /// A client connects; the first one does so by itself. A connection that is still there before the next one, or after the last step,
+    /// is cut as by a proxy that drains: what filters say then is of the step before, or the last one
+    pub connect: bool,
+    /// What the client sends, one chunk after the other
+    #[serde(deserialize_with = "decode::chunks")]
+    pub client: Vec<Chunk>,
+    /// What the upstream sends, once the filters have let the connection in
+    #[serde(deserialize_with = "decode::chunks")]
+    pub upstream: Vec<Chunk>,
+    /// The client has nothing more to send
+    pub client_end: bool,
+    /// The upstream has nothing more to send
+    pub upstream_end: bool,
+}
+
+/// Bytes: a text, or one repeated (`{repeat: x, times: 1000}`), or any (`{hex: 16 03 01}`).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Chunk {
     /// As written
     Text(String),
+    /// Which need not be text
+    Bytes(Vec<u8>),
     /// The same text again and again
     Repeat {
         /// The text
@@ -175,10 +201,11 @@ pub enum Chunk {
 
 impl Chunk {
     /// The bytes.
-    pub fn text(&self) -> String {
+    pub fn bytes(&self) -> Vec<u8> {
         match self {
-            Self::Text(text) => text.clone(),
-            Self::Repeat { repeat, times } => repeat.repeat(*times),
+            Self::Text(text) => text.clone().into_bytes(),
+            Self::Bytes(bytes) => bytes.clone(),
+            Self::Repeat { repeat, times } => repeat.repeat(*times).into_bytes(),
         }
     }
 }
@@ -230,7 +257,7 @@ impl Default for Request {
 }
 
 /// What a server answers.
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Reply {
     /// HTTP status
@@ -277,6 +304,8 @@ pub struct Expect {
     pub response: Option<ExpectResponse>,
     /// At the application
     pub upstream: Option<ExpectUpstream>,
+    /// Of the TCP connection
+    pub tcp: Option<ExpectTcp>,
     /// At called services, in order
     pub called: Option<Vec<ExpectRequest>>,
     /// Lines of the filters, as `level text`; all of them, in order. `…` stands for any text
@@ -287,6 +316,8 @@ pub struct Expect {
     pub most_log: Option<usize>,
     /// Values of metrics that the filters defined, by the name they gave; a histogram's is its count
     pub metrics: BTreeMap<String, i64>,
+    /// Properties that the filters set for the exchange or connection, by name (its parts joined by dots). In process only
+    pub properties: BTreeMap<String, String>,
 }
 
 /// At the application: whether a request came (`true`, `false`), and which.
@@ -337,6 +368,74 @@ pub struct ExpectRequest {
     /// See [`ExpectResponse`]
     #[serde(deserialize_with = "decode::fields")]
     pub trailers: Vec<String>,
+}
+
+/// What is seen of a TCP connection.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default, rename_all = "kebab-case")]
+pub struct ExpectTcp {
+    /// How far it has come by the end of the step
+    pub state: Option<TcpState>,
+    /// All that came to the upstream in this step
+    pub upstream: Option<Chunk>,
+    /// All that came to the client in this step
+    pub client: Option<Chunk>,
+    /// Whether the upstream has been told that the client has nothing more to send
+    pub upstream_end: Option<bool>,
+    /// Whether the client has been told that the upstream has nothing more to send
+    pub client_end: Option<bool>,
+}
+
+/// How far a TCP connection has come. The reasons are those of the metrics and the access log.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum TcpState {
+    /// Not let in yet
+    #[default]
+    Waiting,
+    /// Let in, and not over
+    Open,
+    /// Both sides have sent all that they had
+    Ended,
+    /// A filter closed it
+    FilterResponse,
+    /// A filter failed
+    FilterFailed,
+    /// A filter held more than it may of what the client sent
+    FilterRequestTooLarge,
+    /// A filter held more than it may of what the upstream sent
+    FilterResponseTooLarge,
+}
+
+impl TcpState {
+    /// As it is written.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Waiting => "waiting",
+            Self::Open => "open",
+            Self::Ended => "ended",
+            Self::FilterResponse => Reason::FilterResponse.code(),
+            Self::FilterFailed => Reason::FilterFailed.code(),
+            Self::FilterRequestTooLarge => Reason::FilterRequestTooLarge.code(),
+            Self::FilterResponseTooLarge => Reason::FilterResponseTooLarge.code(),
+        }
+    }
+
+    /// What a filter's end of it makes of it.
+    pub(super) fn of(reason: Reason) -> Self {
+        match reason {
+            Reason::FilterFailed => Self::FilterFailed,
+            Reason::FilterRequestTooLarge => Self::FilterRequestTooLarge,
+            Reason::FilterResponseTooLarge => Self::FilterResponseTooLarge,
+            _ => Self::FilterResponse,
+        }
+    }
+}
+
+impl std::fmt::Display for TcpState {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name())
+    }
 }
 
 /// How another host differs.

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use super::model::{Expect, ExpectRequest, ExpectResponse, ExpectUpstream, Start};
+use super::model::{Chunk, Expect, ExpectRequest, ExpectResponse, ExpectTcp, ExpectUpstream, Start, TcpState};
 
 /// Name in lower case and value, in order.
 pub type Headers = Vec<(String, String)>;
@@ -41,6 +41,21 @@ pub struct SeenRequest {
     pub trailers: Headers,
 }
 
+/// A TCP connection at the end of a step.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct SeenTcp {
+    /// How far it has come
+    pub state: TcpState,
+    /// What came to the upstream in the step
+    pub upstream: Vec<u8>,
+    /// What came to the client in the step
+    pub client: Vec<u8>,
+    /// The upstream has been told that nothing more comes
+    pub upstream_end: bool,
+    /// The client has been told that nothing more comes
+    pub client_end: bool,
+}
+
 /// What was seen of one step.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Seen {
@@ -48,12 +63,16 @@ pub struct Seen {
     pub response: Option<SeenResponse>,
     /// What the application got
     pub upstream: Vec<SeenRequest>,
+    /// The TCP connection, if there is one. In process only
+    pub tcp: Option<SeenTcp>,
     /// What called services got
     pub called: Vec<SeenRequest>,
     /// Lines of the filters, `level text`
     pub log: Vec<String>,
     /// By the name the filters gave
     pub metrics: BTreeMap<String, i64>,
+    /// Which the filters set for the exchange or connection. In process only
+    pub properties: BTreeMap<String, String>,
     /// Why the step's update was refused, if it was. In process only
     pub refused: Option<String>,
     /// What the host itself had to say: failures of instances and their reasons. In process only
@@ -119,33 +138,27 @@ fn quote_from(text: &str, from: usize) -> String {
     format!("{before}{:?}{after} ({} bytes)", text.get(from..to).unwrap_or_default(), text.len())
 }
 
+/// Bytes from about there on. `text`: they are shown as one; else as those of a byte string.
+fn quote_bytes(bytes: &[u8], from: usize, text: bool) -> String {
+    if text {
+        return quote_from(&text_of(bytes), from);
+    }
+    let from = if bytes.len() <= MOST { 0 } else { from.min(bytes.len()) };
+    let to = bytes.len().min(from + MOST);
+    let shown = bytes.get(from..to).unwrap_or_default().escape_ascii();
+    let (before, after) = (if from > 0 { "…" } else { "" }, if to < bytes.len() { "…" } else { "" });
+    let size = if bytes.len() <= MOST { String::new() } else { format!(" ({} bytes)", bytes.len()) };
+    format!("{before}b\"{shown}\"{after}{size}")
+}
+
 /// Compares one step.
 pub fn compare(expect: &Expect, seen: &Seen) -> Differences {
     let mut out = Differences::new();
-    if let Some(expected) = &expect.response {
-        match &seen.response {
-            Some(seen) => response(expected, seen, &mut out),
-            None => out.push(Difference::new("response", "one", "none")),
-        }
-    }
-    match &expect.upstream {
-        None => {}
-        Some(ExpectUpstream::Came(came)) if *came == seen.upstream.is_empty() => {
-            out.push(Difference::new("upstream", requests(usize::from(*came)), requests(seen.upstream.len())));
-        }
-        Some(ExpectUpstream::Came(_)) => {}
-        Some(ExpectUpstream::Request(expected)) => match seen.upstream.as_slice() {
-            [one] => request("upstream", expected, one, &mut out),
-            other => out.push(Difference::new("upstream", requests(1), requests(other.len()))),
-        },
-    }
-    if let Some(expected) = &expect.called {
-        if expected.len() == seen.called.len() {
-            for (expected, seen) in expected.iter().zip(&seen.called) {
-                request("called", expected, seen, &mut out);
-            }
-        } else {
-            out.push(Difference::new("called", requests(expected.len()), requests(seen.called.len())));
+    messages(expect, seen, &mut out);
+    if let Some(expected) = &expect.tcp {
+        match &seen.tcp {
+            Some(seen) => out.append(&mut tcp(expected, seen)),
+            None => out.push(Difference::new("tcp", "a connection", "none")),
         }
     }
     let seen_log = if expect.more_log { seen.log.get(..expect.log.len()).unwrap_or(&seen.log) } else { &seen.log };
@@ -160,7 +173,44 @@ pub fn compare(expect: &Expect, seen: &Seen) -> Differences {
             out.push(Difference::new(format!("metric {name}"), expected.to_string(), value));
         }
     }
+    for (name, expected) in &expect.properties {
+        let value = seen.properties.get(name);
+        if value != Some(expected) {
+            let value = value.map_or("none".into(), |value| quote(value));
+            out.push(Difference::new(format!("property {name}"), quote(expected), value));
+        }
+    }
     out
+}
+
+/// Compares what passed between client, application and services.
+fn messages(expect: &Expect, seen: &Seen, out: &mut Differences) {
+    if let Some(expected) = &expect.response {
+        match &seen.response {
+            Some(seen) => response(expected, seen, out),
+            None => out.push(Difference::new("response", "one", "none")),
+        }
+    }
+    match &expect.upstream {
+        None => {}
+        Some(ExpectUpstream::Came(came)) if *came == seen.upstream.is_empty() => {
+            out.push(Difference::new("upstream", requests(usize::from(*came)), requests(seen.upstream.len())));
+        }
+        Some(ExpectUpstream::Came(_)) => {}
+        Some(ExpectUpstream::Request(expected)) => match seen.upstream.as_slice() {
+            [one] => request("upstream", expected, one, out),
+            other => out.push(Difference::new("upstream", requests(1), requests(other.len()))),
+        },
+    }
+    if let Some(expected) = &expect.called {
+        if expected.len() == seen.called.len() {
+            for (expected, seen) in expected.iter().zip(&seen.called) {
+                request("called", expected, seen, out);
+            }
+        } else {
+            out.push(Difference::new("called", requests(expected.len()), requests(seen.called.len())));
+        }
+    }
 }
 
 fn requests(count: usize) -> String {
@@ -239,6 +289,24 @@ fn same<T: PartialEq + std::fmt::Display>(what: &str, expected: Option<&T>, seen
     }
 }
 
+/// What may still come of a TCP connection makes no difference: it is as expected, or other bytes have come.
+pub(super) fn is_settled(expected: &ExpectTcp, seen: &SeenTcp) -> bool {
+    let other = |expected: Option<&Chunk>, seen| expected.is_some_and(|chunk| !chunk.bytes().starts_with(seen));
+    other(expected.upstream.as_ref(), &seen.upstream)
+        || other(expected.client.as_ref(), &seen.client)
+        || tcp(expected, seen).is_empty()
+}
+
+fn tcp(expected: &ExpectTcp, seen: &SeenTcp) -> Differences {
+    let mut out = Differences::new();
+    same("tcp state", expected.state.as_ref(), &seen.state, &mut out);
+    body("tcp upstream", expected.upstream.as_ref(), &seen.upstream, &mut out);
+    body("tcp client", expected.client.as_ref(), &seen.client, &mut out);
+    same("tcp upstream-end", expected.upstream_end.as_ref(), &seen.upstream_end, &mut out);
+    same("tcp client-end", expected.client_end.as_ref(), &seen.client_end, &mut out);
+    out
+}
+
 fn response(expected: &ExpectResponse, seen: &SeenResponse, out: &mut Differences) {
     if expected.reset != seen.reset {
         let text = |reset| if reset { "reset" } else { "complete" };
@@ -266,15 +334,15 @@ fn request(what: &str, expected: &ExpectRequest, seen: &SeenRequest, out: &mut D
     headers(&format!("{what} trailer"), &expected.trailers, &seen.trailers, out);
 }
 
-fn body(what: &str, expected: Option<&super::model::Chunk>, seen: &[u8], out: &mut Differences) {
-    if let Some(expected) = expected.map(super::model::Chunk::text)
-        && expected.as_bytes() != seen
+fn body(what: &str, expected: Option<&Chunk>, seen: &[u8], out: &mut Differences) {
+    if let Some(expected) = expected.map(Chunk::bytes)
+        && expected != seen
     {
         // Long bodies are shown from a little before they part.
-        let seen = text_of(seen);
-        let parts = expected.bytes().zip(seen.bytes()).take_while(|(a, b)| a == b).count();
+        let parts = expected.iter().zip(seen).take_while(|(a, b)| a == b).count();
         let from = if parts < MOST / 2 { 0 } else { parts - MOST / 4 };
-        out.push(Difference::new(what, quote_from(&expected, from), quote_from(&seen, from)));
+        let text = [expected.as_slice(), seen].iter().all(|bytes| std::str::from_utf8(bytes).is_ok());
+        out.push(Difference::new(what, quote_bytes(&expected, from, text), quote_bytes(seen, from, text)));
     }
 }
 

@@ -18,7 +18,8 @@ use super::called::Called;
 use super::capture::Capture;
 use super::drive::drive;
 use super::model::{Case, Expect, FilterSpec, Request, Step};
-use super::observe::{Differences, Seen, compare, compare_refusal, compare_start};
+use super::observe::{Differences, Seen, compare, compare_refusal, compare_start, is_settled};
+use super::tcp::Connection;
 use crate::filter::wasm::clock;
 use crate::filter::{
     Chain, Compiler, FilterError, Plugin, Plugins, Settings, StaticConnection, StreamInfo, connect, release_unused,
@@ -73,6 +74,8 @@ struct Play<'a> {
     /// What the filters' clocks show, if they are set
     now: Option<Duration>,
     plugins: Vec<Arc<Plugin>>,
+    /// The TCP connection that was made last
+    connection: Option<Connection>,
 }
 
 /// The moment that a case's `clock` names, since the Unix epoch.
@@ -118,7 +121,7 @@ impl<'a> Runner<'a> {
         let called = Rc::<Called>::default();
         connect(Some(called.clone()));
         clock::set(now);
-        let mut play = Play { runner: self, called, now, plugins: Vec::new() };
+        let mut play = Play { runner: self, called, now, plugins: Vec::new(), connection: None };
         let outcome = tasks.block_on(&runtime, play.all(case));
         drop(play);
         // Filters end here, and may still use what is connected.
@@ -143,7 +146,10 @@ impl Play<'_> {
         for (index, step) in case.steps.iter().enumerate() {
             let name = if step.name.is_empty() { format!("step {}", index + 1) } else { step.name.clone() };
             let mut differences = Differences::new();
-            let mut seen = self.step(step, &mut differences).await;
+            // A TCP connection is over with the last step that it may have.
+            let next = case.steps.get(index + 1);
+            let last = next.is_none_or(|next| next.tcp.as_ref().is_some_and(|tcp| tcp.connect));
+            let mut seen = self.step(step, last, &mut differences).await;
             seen.log.retain(|line| !case.start.log.contains(line));
             differences.extend(compare(&step.expect, &seen));
             outcome.differences.extend(differences.into_iter().map(|difference| difference.of(&name)));
@@ -153,7 +159,7 @@ impl Play<'_> {
         outcome
     }
 
-    async fn step(&mut self, step: &Step, out: &mut Differences) -> Seen {
+    async fn step(&mut self, step: &Step, last: bool, out: &mut Differences) -> Seen {
         self.called.play(&step.services);
         let mut seen = Seen::default();
         if let Some(update) = &step.update {
@@ -174,8 +180,22 @@ impl Play<'_> {
                 self.exchange(step, request, &mut seen).await;
             }
         }
+        if let Some(tcp) = &step.tcp {
+            if tcp.connect || self.connection.is_none() {
+                let filters = self.plugins.iter().map(Plugin::filter).collect();
+                self.connection = Some(Connection::new(filters, info()));
+            }
+            if let Some(connection) = &self.connection {
+                connection.send(tcp);
+            }
+        }
         self.pass(Duration::from_millis(step.wait_ms)).await;
-        self.settle(&step.expect).await;
+        self.settle(&step.expect, last).await;
+        if let Some(connection) = &self.connection {
+            seen.tcp = Some(connection.take());
+            seen.properties = properties(connection.chain());
+            seen.notes.extend(connection.failure());
+        }
         seen.log = self.runner.capture.take_lines();
         for note in self.runner.capture.take_notes() {
             if !seen.notes.contains(&note) {
@@ -188,17 +208,7 @@ impl Play<'_> {
     }
 
     async fn exchange(&mut self, step: &Step, request: &Request, seen: &mut Seen) {
-        let connection = StaticConnection {
-            source: Some(([127, 0, 0, 1], 51314).into()),
-            destination: Some(([127, 0, 0, 1], 15001).into()),
-            id: 1,
-            workload: "filters".into(),
-            namespace: "demo".into(),
-            ..StaticConnection::default()
-        };
-        let mut info = StreamInfo::new(Rc::new(connection), Instant::now());
-        info.service = Some("demo/reviews".into());
-        let chain = Chain::new(&self.plugins, info);
+        let chain = Chain::new(&self.plugins, info());
         let (runner, plugins) = (self.runner, &mut self.plugins);
         let during = async {
             if let Some(update) = &step.update_during
@@ -209,6 +219,7 @@ impl Play<'_> {
         };
         drive(&chain, request, &step.upstream, during, runner.patience, seen).await;
         chain.done();
+        seen.properties = properties(&chain);
     }
 
     /// Lets time pass, as a worker does: what ends, ends meanwhile.
@@ -228,22 +239,59 @@ impl Play<'_> {
         self.now = self.now.map(|now| now + time);
     }
 
-    /// Waits until what is expected is there, and then until no more comes.
-    async fn settle(&self, expect: &Expect) {
+    /// Waits until what is expected is there, and then until no more comes. `last`: the TCP connection is over then.
+    async fn settle(&mut self, expect: &Expect, last: bool) {
+        let ends = last && self.connection.is_some();
+        // Lines of the filters may be those of the connection's end.
+        self.wait(expect, !ends).await;
+        if !expect.more_log || self.connection.is_some() {
+            tokio::time::sleep(QUIET).await;
+        }
+        if let Some(connection) = self.connection.as_mut().filter(|_| ends) {
+            connection.cut().await;
+            self.wait(expect, true).await;
+            tokio::time::sleep(QUIET).await;
+        }
+    }
+
+    async fn wait(&self, expect: &Expect, lines: bool) {
         let runner = self.runner;
         let there = || {
             let called = expect.called.as_ref().is_none_or(|called| called.len() <= self.called.count());
-            called && expect.log.len() <= runner.capture.said().lines.len()
+            let said = !lines || expect.log.len() <= runner.capture.said().lines.len();
+            let carried = match (&expect.tcp, &self.connection) {
+                (Some(expected), Some(connection)) => connection.is_over() || is_settled(expected, &connection.seen()),
+                _ => true,
+            };
+            called && said && carried
         };
         let started = Instant::now();
         while !there() && started.elapsed() < runner.patience {
             release_unused();
             tokio::time::sleep(LOOK).await;
         }
-        if !expect.more_log {
-            tokio::time::sleep(QUIET).await;
-        }
     }
+}
+
+/// What is known of the exchange or connection that a case plays.
+fn info() -> StreamInfo {
+    let connection = StaticConnection {
+        source: Some(([127, 0, 0, 1], 51314).into()),
+        destination: Some(([127, 0, 0, 1], 15001).into()),
+        id: 1,
+        workload: "filters".into(),
+        namespace: "demo".into(),
+        ..StaticConnection::default()
+    };
+    let mut info = StreamInfo::new(Rc::new(connection), Instant::now());
+    info.service = Some("demo/reviews".into());
+    info
+}
+
+/// What filters set; the parts of a name are joined by dots.
+fn properties(chain: &Chain) -> BTreeMap<String, String> {
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    chain.properties(|all| all.iter().map(|(name, value)| (text(name).replace('\0', "."), text(value))).collect())
 }
 
 impl Runner<'_> {
