@@ -38,6 +38,8 @@ def idle_connections(s, run, steps, tls):
         for _ in steps:
             if not p.stdout.readline():
                 raise Invalid("idle connections: the client gave up")
+            # Outrigger parks them within half a second, and then gives back what that freed.
+            time.sleep(1.5)
             got.append(settled(procs))
             p.stdin.write("\n")
             p.stdin.flush()

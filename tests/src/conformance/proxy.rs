@@ -79,44 +79,57 @@ impl Through {
     }
 }
 
+/// Waits until the proxy has these filters, by name and digest, or has refused one.
+fn until_there_or_refused(proxy: &LocalProxy, wanted: &[(String, String)]) -> Result<(), String> {
+    // A first request makes the proxy ask for the service, and with it for its filters; at this port none is reached.
+    until("the filters are there or refused", || {
+        let rows = proxy.admin("/filters").json();
+        let rows = rows.as_array()?;
+        let state = |(name, sha256): &(String, String)| {
+            let row = rows.iter().find(|row| row["name"] == name.as_str())?;
+            if let Some(refused) = row["refused"].as_str() {
+                return Some(Err(refused.to_owned()));
+            }
+            (row["sha256"] == sha256.as_str()).then_some(Ok(()))
+        };
+        let known: Option<Vec<Result<(), String>>> = wanted.iter().map(state).collect();
+        if known.is_none() {
+            proxy.call("reviews:81", "/wake").send();
+        }
+        known
+    })
+    .into_iter()
+    .collect()
+}
+
 impl Target for Through {
     fn load(&mut self, filters: &[FilterSpec], world: &World) -> Result<(), String> {
         let workers = self.workers;
         let local = self.local.get_or_insert_with(|| Local::new(&mesh(world)));
-        let mut yaml = String::new();
-        let mut wanted: Vec<(String, String)> = Vec::new();
-        for (index, spec) in filters.iter().enumerate() {
-            let bytes = module(&spec.module);
-            let sha256 = hex::encode(Sha256::digest(&bytes));
-            let file = format!("{sha256}.wasm");
-            std::fs::write(local.path("config").join(&file), bytes).expect("write");
-            let _ = writeln!(yaml, "{}\n---", resource(index, spec, &file));
-            wanted.push((spec.name_at(index), sha256));
-        }
-        local.write("filters.yaml", &yaml);
-        let proxy = self.proxy.get_or_insert_with(|| {
-            let proxy = local.proxy("web-0").flag("--workers", &workers).flag("--log", &"info,filter=trace").start();
-            proxy.ready()
-        });
-        // A first request makes the proxy ask for the service, and with it for its filters; at this port none is reached.
-        until("the filters are there or refused", || {
-            let rows = proxy.admin("/filters").json();
-            let rows = rows.as_array()?;
-            let state = |(name, sha256): &(String, String)| {
-                let row = rows.iter().find(|row| row["name"] == name.as_str())?;
-                if let Some(refused) = row["refused"].as_str() {
-                    return Some(Err(refused.to_owned()));
-                }
-                (row["sha256"] == sha256.as_str()).then_some(Ok(()))
-            };
-            let known: Option<Vec<Result<(), String>>> = wanted.iter().map(state).collect();
-            if known.is_none() {
-                proxy.call("reviews:81", "/wake").send();
+        // Filters become ready each for itself. Where they share an instance it matters which one was there first: one after the other.
+        let together = filters.iter().all(|spec| spec.vm_id.is_empty());
+        let steps = if together { filters.len()..=filters.len() } else { 1..=filters.len() };
+        let mut result = Ok(());
+        for filters in steps.filter_map(|most| filters.get(..most)) {
+            let mut yaml = String::new();
+            let mut wanted: Vec<(String, String)> = Vec::new();
+            for (index, spec) in filters.iter().enumerate() {
+                let bytes = module(&spec.module);
+                let sha256 = hex::encode(Sha256::digest(&bytes));
+                let file = format!("{sha256}.wasm");
+                std::fs::write(local.path("config").join(&file), bytes).expect("write");
+                let _ = writeln!(yaml, "{}\n---", resource(index, spec, &file));
+                wanted.push((spec.name_at(index), sha256));
             }
-            known
-        })
-        .into_iter()
-        .collect()
+            local.write("filters.yaml", &yaml);
+            let proxy = self.proxy.get_or_insert_with(|| {
+                let proxy =
+                    local.proxy("web-0").flag("--workers", &workers).flag("--log", &"info,filter=trace").start();
+                proxy.ready()
+            });
+            result = until_there_or_refused(proxy, &wanted);
+        }
+        result
     }
 
     fn address(&self) -> SocketAddr {
