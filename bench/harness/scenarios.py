@@ -253,7 +253,7 @@ def refusals(s, role):
 
 # Requests per second
 STEADY = 3000
-OVERLOAD_CONNS = 1000
+OVERLOAD_CONNS = 2000
 PAIR = ["cpu_us_req", "cpu_us_req_outbound", "cpu_us_req_inbound", "rps", "sys_share", "proxy_core_util", "others_on_core"]
 SINGLE = ["cpu_us_req", "rps", "sys_share", "proxy_core_util", "others_on_core", "rss_mib"]
 TCP = ["cpu_s_gb_1", "cpu_s_gb_8", "pingpong_us", "gbit_per_s_1", "gbit_per_s_8", "pingpong_per_s"]

@@ -29,8 +29,9 @@ use crate::metrics::Local;
 use crate::state::Proxy;
 use crate::tls::Peer;
 
-/// Connections that one worker keeps idle per endpoint.
-const MAX_IDLE: usize = 256;
+/// Connections that one worker keeps idle per endpoint: as many as may be open to a backend unless its policy says otherwise. Fewer
+/// would have hundreds of concurrent requests connect anew all the time.
+const MAX_IDLE: usize = 1024;
 
 /// All pools of one worker. Clones are handles.
 #[derive(Debug, Clone)]
