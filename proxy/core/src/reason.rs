@@ -73,7 +73,7 @@ reasons! {
     OverflowConnections = "overflow-connections", StatusCode::SERVICE_UNAVAILABLE, 8, "Too many connections to the service.", "Raise `circuitBreaker.maxConnections`.";
     Overloaded = "overloaded", StatusCode::SERVICE_UNAVAILABLE, 8, "The proxy has more requests than CPU time, or `--max-requests` of them in flight.", "Give the sidecar more CPU, add endpoints, or raise `--max-requests`.";
     FilterFailed = "filter-failed", StatusCode::SERVICE_UNAVAILABLE, 14, "A FailClosed filter trapped, ran too long, or could not start.", "Look at `/filters` and the proxy's log.";
-    FilterResponse = "filter-response", StatusCode::OK, 0, "A filter answered; the status is the filter's.", "Look at the filter.";
+    FilterResponse = "filter-response", StatusCode::OK, 0, "A filter answered, with a status of its own, or closed the connection.", "Look at the filter.";
     FilterRequestTooLarge = "filter-request-too-large", StatusCode::PAYLOAD_TOO_LARGE, 8, "A filter held more of the request's body than its `limits.body`.", "Send less, or raise the filter's `limits.body`.";
     FilterResponseTooLarge = "filter-response-too-large", StatusCode::INTERNAL_SERVER_ERROR, 8, "A filter held more of the response's body than its `limits.body`.", "Raise the filter's `limits.body`, or let it stream.";
     RouteResponse = "route-response", StatusCode::FOUND, 0, "A route's redirect answered; the status is the route's.", "Nothing to do.";

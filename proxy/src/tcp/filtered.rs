@@ -139,15 +139,18 @@ fn poll_read(
         ready!(Pin::new(from).poll_read(cx, &mut buf))?;
         Poll::Ready(io::Result::Ok(Bytes::copy_from_slice(buf.filled())))
     });
-    let bytes = ready!(bytes)?;
-    half.ended = bytes.is_empty();
-    half.bytes += bytes.len() as u64;
-    chain.data(flow, bytes, half.ended);
+    let bytes = ready!(bytes);
+    // A side that breaks is gone as well.
+    half.ended = bytes.as_ref().map_or(true, Bytes::is_empty);
+    let result = bytes.map(|bytes| {
+        half.bytes += bytes.len() as u64;
+        chain.data(flow, bytes, half.ended);
+    });
     if half.ended && flow == Flow::Response {
         // As Envoy tells it, which does not know who ended it either.
         chain.closed(flow, Who::Unknown);
     }
-    Poll::Ready(Ok(()))
+    Poll::Ready(result)
 }
 
 impl Filtered {
@@ -175,11 +178,11 @@ impl Filtered {
                 if self.up.ended || !self.chain.wants(Flow::Request) {
                     return Poll::Pending;
                 }
-                if let Err(error) = ready!(poll_read(&self.chain, Flow::Request, &mut self.up, client, cx)) {
-                    self.left = true;
+                let read = ready!(poll_read(&self.chain, Flow::Request, &mut self.up, client, cx));
+                self.left = self.up.ended;
+                if let Err(error) = read {
                     return Poll::Ready(Err((Reason::FilterResponse, format!("the client went away: {error}"))));
                 }
-                self.left = self.up.ended;
             }
         });
         let late = || Err((Reason::FilterFailed, "no filter let the connection in".to_owned()));

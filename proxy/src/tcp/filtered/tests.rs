@@ -146,6 +146,47 @@ fn both_directions_pass_the_filters_in_order_and_back_with_half_close() {
     });
 }
 
+/// A side that was reset.
+struct Reset;
+
+impl AsyncRead for Reset {
+    fn poll_read(self: Pin<&mut Self>, _: &mut Context<'_>, _: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Err(io::ErrorKind::ConnectionReset.into()))
+    }
+}
+
+impl AsyncWrite for Reset {
+    fn poll_write(self: Pin<&mut Self>, _: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        Poll::Ready(Ok(buf.len()))
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+}
+
+#[test]
+fn a_side_that_is_reset_is_told_as_gone() {
+    run(async {
+        let pass: Plan = |_, _, _| Action::Continue;
+        let Setup { mut filtered, events, .. } = setup(&[("1", pass)]);
+        let (_server, far) = duplex(64);
+        assert!(within(filtered.carry(Reset, far, IDLE, |_| {})).await.is_err());
+        drop(filtered);
+        assert_eq!(*events.borrow(), ["1 client closed Remote", "1 done"]);
+
+        let Setup { mut filtered, events, .. } = setup(&[("1", pass)]);
+        let (_client, near) = duplex(64);
+        assert!(within(filtered.carry(near, Reset, IDLE, |_| {})).await.is_err());
+        drop(filtered);
+        assert_eq!(*events.borrow(), ["1 server closed Unknown", "1 client closed Local", "1 done"]);
+    });
+}
+
 #[test]
 fn a_new_connection_waits_until_it_is_let_in_and_its_bytes_gather_within_the_limit() {
     run(async {
