@@ -15,6 +15,8 @@ use crate::worker::Worker;
 
 /// Requests in flight below which nothing is refused: whatever makes such a worker late, it is not what it has taken on.
 pub const FEW: u32 = 16;
+/// Requests of one worker that wait for their refusal: more have it at once.
+const HELD: u32 = 4096;
 /// Between two samples of the lag.
 const TICK: Duration = Duration::from_millis(10);
 
@@ -25,12 +27,13 @@ pub struct Gate {
     running: Cell<u32>,
     most: u32,
     watched: Cell<bool>,
+    held: Cell<u32>,
 }
 
 impl Gate {
     /// For at most so many requests at once.
     pub fn new(most: u32) -> Self {
-        Self { running: Cell::new(0), most, watched: Cell::new(false) }
+        Self { running: Cell::new(0), most, watched: Cell::new(false), held: Cell::new(0) }
     }
 
     /// A request begins, or is there to be refused.
@@ -49,16 +52,57 @@ impl Gate {
     }
 }
 
+/// Why a request is refused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Refusal {
+    /// As many are in flight as may be
+    Full,
+    /// The worker has no time
+    Late,
+}
+
 /// Whether the request that entered last is refused.
-pub fn refuses(worker: &Rc<Worker>) -> bool {
+pub fn refuses(worker: &Rc<Worker>) -> Option<Refusal> {
     if worker.gate.is_calm() {
-        return false;
+        return None;
     }
-    let refused = worker.gate.running.get() > worker.gate.most || refused_by_lag(worker);
-    if refused {
-        worker.load.refused.count();
+    let refusal = if worker.gate.running.get() > worker.gate.most {
+        Refusal::Full
+    } else if refused_by_lag(worker) {
+        Refusal::Late
+    } else {
+        return None;
+    };
+    worker.load.refused.count();
+    Some(refusal)
+}
+
+/// Has the request that entered last wait for its refusal (see [`shed::hold`]), where not too many do. Meanwhile it is not in flight.
+pub async fn hold(worker: &Rc<Worker>) {
+    if worker.gate.held.get() < HELD {
+        let _held = Held::new(worker);
+        let wait = shed::hold(worker.rng.borrow_mut().u16(..));
+        tokio::time::sleep(wait).await;
     }
-    refused
+}
+
+/// A request that waits for its refusal.
+struct Held<'a>(&'a Gate);
+
+impl<'a> Held<'a> {
+    fn new(worker: &'a Rc<Worker>) -> Self {
+        let gate = &worker.gate;
+        gate.held.set(gate.held.get() + 1);
+        gate.leave();
+        Self(gate)
+    }
+}
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        self.0.held.set(self.0.held.get() - 1);
+        self.0.enter();
+    }
 }
 
 fn refused_by_lag(worker: &Rc<Worker>) -> bool {

@@ -21,7 +21,7 @@ use super::{
 use crate::filter::{Chain, StreamInfo};
 use crate::log::Entry;
 use crate::metrics::{Known, Metric};
-use crate::shed;
+use crate::shed::{self, Refusal};
 use crate::snapshot::Snapshot;
 use crate::state::Busy;
 use crate::upstream::Received;
@@ -164,8 +164,12 @@ pub(super) async fn handle(
     let hops = reply::Hops::of(&head);
     let incomer = Incomer { head, body: ClientBody::Plain(body), upgrade };
     let connection = exchange.connection.clone();
+    let refusal = shed::refuses(&connection.worker);
+    if refusal == Some(Refusal::Late) {
+        Box::pin(shed::hold(&connection.worker)).await;
+    }
     let answer = match &connection.info {
-        _ if shed::refuses(&connection.worker) => Err(exchange.refuse()),
+        _ if refusal.is_some() => Err(exchange.refuse()),
         _ if too_large(&incomer.head) => Err(Reason::HeadersTooLarge.into()),
         ConnectionInfo::Outbound(info) => outbound::handle(&mut exchange, info, incomer).await,
         ConnectionInfo::Inbound(info) => inbound::handle(&mut exchange, info, incomer).await,
