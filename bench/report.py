@@ -21,7 +21,7 @@ NAMES = {"envoy": "Envoy", "nginx": "nginx", "haproxy": "HAProxy", "outrigger": 
 COMPARED = [
     ("h1-single", "h1-single", "cpu_us_req", "µs"), ("h1-inbound", "h1-inbound", "cpu_us_req", "µs"),
     ("h1-mtls-pair", "h1-mtls-pair", "cpu_us_req", "µs"), ("h1-mtls-pair-post16k", "h1-mtls-pair-post16k", "cpu_us_req", "µs"),
-    ("h2-mtls-pair", "h2-mtls-pair", "cpu_us_req", "µs"), ("WASM filter, added", "wasm-added", "added_us", "µs"),
+    ("h2-mtls-pair", "h2-mtls-pair", "cpu_us_req", "µs"), ("WASM filter, added", "wasm-added", "added_us", "µs"), ("WASM filter, added at 3,000 requests/s", "wasm-added", "steady_added_us", "µs"),
     ("WASM filter, added instructions", "wasm-instructions", "added_instructions", ""),
     ("mTLS connection, X25519", "conn-rate-x25519", "mtls_conn_ms", "ms"), ("mTLS connection, X25519MLKEM768", "conn-rate-x25519mlkem768", "mtls_conn_ms", "ms"),
     ("1,000 requests/s", "tail-latency", "cpu_us_req", "µs"), ("1,000 requests/s, added p50", "tail-latency", "added_p50_us", "µs"),
@@ -35,6 +35,7 @@ MEMORY = [("RSS idle, MiB", "rss_idle"), ("KiB per idle connection, plaintext", 
 OURS = [("RSS idle, told by a control plane, MiB", "mesh-memory", "rss_idle"), ("RSS, 1,000 services known, 10 used, MiB", "mesh-memory", "rss_10"),
         ("RSS, all 1,000 used, MiB", "mesh-memory", "rss_all"), ("KiB per used service", "mesh-memory", "kib_per_used"),
         ("exec to ready, ms", "start", "ready_ms"), ("binary, MB", "start", "binary_mb"), ("access log of all over errors", "access-log", "all_vs_errors"),
+        ("at twice saturation: goodput of the peak", "overload", "goodput"),
         ("two workers over one, CPU per request", "workers", "two_vs_one")] + [
         ("requests of the busier of two workers, %d %s connections" % (n, v), "workers", "%s_share_%d" % (k, n)) for k, v in (("h1", "HTTP/1"), ("h2", "HTTP/2")) for n in (4, 8, 64)]
 

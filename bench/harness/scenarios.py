@@ -216,14 +216,16 @@ def share(s, load, conns):
 
 def overload(run, name):
     """Saturation first, then twice that rate, on many connections: what still gets done, what is refused, and whether who looks
-    after the proxy is answered meanwhile. A request for which no connection is free is not sent: its client is waiting. Their share is told."""
+    after the proxy is answered meanwhile. A request for which no connection is free is not sent: its client is waiting. Their share is
+    told. The load warms up for longer than it takes to connect everywhere and to find out how much is to be refused."""
+    secs = max(3.0, run.a.secs * 2)
     with Session(run, name, "h1-mtls-pair") as s:
         role = next(role for role, (_, direction) in s.peer.admin.items() if direction == "outbound")
         s.tool("closed", WARM, run.a.conns)
         peak = s.measured(lambda: s.tool("closed", run.a.secs, run.a.conns))
         idle, waits, most = settled(s.procs)[2], [], 0.0
         c0, refused0 = cpu(s.procs)[0], refusals(s, role)
-        load = lambda: s.tool("openloop", run.a.secs * 2, OVERLOAD_CONNS, rate=2 * peak["rps"], warmup=1.0, shed=1)
+        load = lambda: s.tool("openloop", secs, OVERLOAD_CONNS, rate=2 * peak["rps"], warmup=3.0, shed=1)
         with ThreadPoolExecutor(1) as pool:
             running = pool.submit(load)
             while not running.done():
@@ -237,8 +239,9 @@ def overload(run, name):
         offered = got["counted"] + got["refused"] + got["unsent"]
     # All answers, those of the warm-up included, took `used`; one that was served takes what it took before.
     served = got["total"] - refused
-    return {"goodput_lost": 1 - got["counted"] / (run.a.secs * 2) / peak["rps"], "goodput": got["counted"] / (run.a.secs * 2) / peak["rps"],
-            "peak_per_s": peak["rps"], "offered_of_peak": offered / (run.a.secs * 2) / peak["rps"], "refused_share": got["refused"] / offered, "unsent_share": got["unsent"] / offered,
+    goodput = got["counted"] / secs / peak["rps"]
+    return {"goodput_lost": 1 - goodput, "goodput": goodput, "peak_per_s": peak["rps"], "offered_of_peak": offered / secs / peak["rps"],
+            "refused_share": got["refused"] / offered, "unsent_share": got["unsent"] / offered,
             "served_us": peak["cpu_us_req"], "refusal_us": max(0.0, used * 1e6 - served * peak["cpu_us_req"]) / max(1, refused),
             "p50_ms": got["p50_us"] / 1e3, "p99_ms": got["p99_us"] / 1e3, "grown_mib": most - idle,
             "admin_ms": statistics.median(waits) * 1e3, "admin_most_ms": max(waits) * 1e3}
@@ -250,7 +253,7 @@ def refusals(s, role):
 
 # Requests per second
 STEADY = 3000
-OVERLOAD_CONNS = 2000
+OVERLOAD_CONNS = 1000
 PAIR = ["cpu_us_req", "cpu_us_req_outbound", "cpu_us_req_inbound", "rps", "sys_share", "proxy_core_util", "others_on_core"]
 SINGLE = ["cpu_us_req", "rps", "sys_share", "proxy_core_util", "others_on_core", "rss_mib"]
 TCP = ["cpu_s_gb_1", "cpu_s_gb_8", "pingpong_us", "gbit_per_s_1", "gbit_per_s_8", "pingpong_per_s"]
