@@ -21,7 +21,7 @@ NAMES = {"envoy": "Envoy", "nginx": "nginx", "haproxy": "HAProxy", "outrigger": 
 COMPARED = [
     ("h1-single", "h1-single", "cpu_us_req", "µs"), ("h1-inbound", "h1-inbound", "cpu_us_req", "µs"),
     ("h1-mtls-pair", "h1-mtls-pair", "cpu_us_req", "µs"), ("h1-mtls-pair-post16k", "h1-mtls-pair-post16k", "cpu_us_req", "µs"),
-    ("h2-mtls-pair", "h2-mtls-pair", "cpu_us_req", "µs"), ("WASM filter, added", "wasm-added", "added_us", "µs"), ("WASM filter, added at 3,000 requests/s", "wasm-added", "steady_added_us", "µs"),
+    ("h2-mtls-pair", "h2-mtls-pair", "cpu_us_req", "µs"), ("WASM filter, added", "wasm-added", "added_us", "µs"), ("WASM filter, at 3,000 requests/s", "wasm-added", "steady_added_us", "µs"),
     ("WASM filter, added instructions", "wasm-instructions", "added_instructions", ""),
     ("mTLS connection, X25519", "conn-rate-x25519", "mtls_conn_ms", "ms"), ("mTLS connection, X25519MLKEM768", "conn-rate-x25519mlkem768", "mtls_conn_ms", "ms"),
     ("1,000 requests/s", "tail-latency", "cpu_us_req", "µs"), ("1,000 requests/s, added p50", "tail-latency", "added_p50_us", "µs"),

@@ -3,10 +3,10 @@ from xml.sax.saxutils import escape
 
 STYLE = """
   text { font: 12px system-ui, sans-serif; fill: #24292f; }
-  .title { font-size: 14px; font-weight: 600; } .faint { fill: #57606a; } .grid { stroke: #d0d7de; } .mark { stroke: #57606a; stroke-dasharray: 4 3; }
+  .title { font-size: 14px; font-weight: 600; } .faint { fill: #57606a; } .value { paint-order: stroke; stroke: #fff; stroke-width: 4px; } .grid { stroke: #d0d7de; } .mark { stroke: #57606a; stroke-dasharray: 4 3; }
   .envoy { fill: #8c959f; } .nginx { fill: #4ac26b; } .haproxy { fill: #54aeff; } .outrigger { fill: #d4590f; } .target { stroke: #cf222e; stroke-width: 2; }
   @media (prefers-color-scheme: dark) {
-    text { fill: #e6edf3; } .faint { fill: #9198a1; } .grid { stroke: #3d444d; } .mark { stroke: #9198a1; }
+    text { fill: #e6edf3; } .faint { fill: #9198a1; } .value { stroke: #0d1117; } .grid { stroke: #3d444d; } .mark { stroke: #9198a1; }
     .envoy { fill: #6e7681; } .nginx { fill: #3fb950; } .haproxy { fill: #388bfd; } .outrigger { fill: #f0883e; } .target { stroke: #ff7b72; }
   }
 """
@@ -23,13 +23,16 @@ def chart(title, groups, unit, names, top=None, mark=None):
         rows = [(p, bars[p]) for p in names if bars.get(p) is not None]
         height = len(rows) * (BAR + 2)
         out.append('<text x="%d" y="%d" text-anchor="end">%s</text>' % (LEFT - 10, y + height / 2 + 4, escape(label)))
+        values = []
         for i, (peer, value) in enumerate(rows):
             x = min(value, top) * scale
             out.append('<rect class="%s" x="%d" y="%d" width="%.1f" height="%d"/>' % (peer, LEFT, y + i * (BAR + 2), max(x, 1), BAR))
-            out.append('<text class="faint" x="%.1f" y="%d">%s</text>' % (LEFT + x + 5, y + i * (BAR + 2) + 11, number(value)))
+            values.append('<text class="faint value" x="%.1f" y="%d">%s</text>' % (LEFT + x + 5, y + i * (BAR + 2) + 11, number(value)))
         if bars.get("target") is not None:
             x = LEFT + bars["target"] * scale
             out.append('<line class="target" x1="%.1f" x2="%.1f" y1="%d" y2="%d"/>' % (x, x, y - 3, y + height + 1))
+        # In front of the target's line.
+        out += values
         y += height + GAP
     if mark is not None:
         x = LEFT + mark * scale
