@@ -225,18 +225,10 @@ impl Exchange {
             if let Some(attempt) = attempt {
                 attempt.succeeded(None, Instant::now());
             }
-            chain.keep_response(&head);
+            let head = chain.done_with(head).ok_or("the response's head is gone")?;
             return Ok(response(head, hops).map(|()| ResponseBody::full(Bytes::new()).holding(running)));
         }
         outlet.pour();
-        // The last filter may have let go more than the head: the rest is what the body is for.
-        if !chain.in_body(Flow::Response)
-            && let Some(Inlet { source: Some(body), .. }) =
-                outlet.inlet.take_if(|inlet| inlet.source.is_some() && chain.is_clear(Flow::Response))
-        {
-            let tail = ExchangeTail::new(self, attempt);
-            return Ok(response(head, hops).map(|()| ResponseBody::upstream(body, tail, deadline).holding(running)));
-        }
         if outlet.inlet.is_none() {
             frame_headers(&mut head.headers, &chain, Flow::Response);
             if let Some(bytes) = chain.take_whole(Flow::Response) {
@@ -246,10 +238,20 @@ impl Exchange {
             }
         }
         chain.keep_response(&head);
+        // The last filter may have let go more than the head: the rest is what the body is for.
+        if !chain.in_body(Flow::Response)
+            && let Some(Inlet { source: Some(body), .. }) =
+                outlet.inlet.take_if(|inlet| inlet.source.is_some() && chain.is_clear(Flow::Response))
+        {
+            let tail = ExchangeTail::new(self, attempt);
+            return Ok(response(head, hops).map(|()| ResponseBody::upstream(body, tail, deadline).holding(running)));
+        }
         let tail: Box<dyn Tail> = Box::new(ExchangeTail::new(self, attempt));
         let mut body = FilteredResponse { outlet, tail: Some(tail), failed: None, cut: false };
         at_once(|cx| body.fetch(cx)).await;
-        frame(&mut head, &chain, body.outlet.inlet.is_none());
+        if chain.in_body(Flow::Response) {
+            frame_headers(&mut head.headers, &chain, Flow::Response);
+        }
         let response = response(head, hops);
         if let Some(bytes) = body.whole() {
             return Ok(response.map(|()| ResponseBody::full(bytes).holding(running)));
@@ -262,13 +264,6 @@ impl Exchange {
 /// Framing of a request whose body filters may have changed.
 fn frame_request(head: &mut request::Parts, chain: &Chain) {
     frame_headers(&mut head.headers, chain, Flow::Request);
-}
-
-/// Framing of a body that filters may have changed.
-fn frame(head: &mut response::Parts, chain: &Chain, whole: bool) {
-    if whole || chain.in_body(Flow::Response) {
-        frame_headers(&mut head.headers, chain, Flow::Response);
-    }
 }
 
 /// The length where all of the body is known, else none; HTTP/1 sends only the trailers that are announced, and with a length none.
