@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use outrigger_core::link::Rule;
+use outrigger_core::link::Weighted;
 
 use super::attempt::Call;
 
@@ -14,24 +14,17 @@ use super::attempt::Call;
 #[derive(Debug, Default)]
 pub struct Calls(RefCell<HashMap<Place, Rc<Call>, foldhash::fast::RandomState>>);
 
-/// A rule, its share, and the service asked for. What the addresses are of is held by the call.
+/// A rule's share, and the service asked for. What the addresses are of is held by the call.
 #[derive(Debug, PartialEq, Eq, Hash)]
 struct Place {
-    rule: *const Rule,
-    share: usize,
+    share: *const Weighted,
     service: *const str,
 }
 
 impl Calls {
     /// The call of a share, made if it is the first one.
-    pub(super) fn get(
-        &self,
-        rule: &Arc<Rule>,
-        share: usize,
-        service: &Arc<str>,
-        make: impl FnOnce() -> Call,
-    ) -> Rc<Call> {
-        let place = Place { rule: Arc::as_ptr(rule), share, service: Arc::as_ptr(service) };
+    pub(super) fn get(&self, share: &Weighted, service: &Arc<str>, make: impl FnOnce() -> Call) -> Rc<Call> {
+        let place = Place { share, service: Arc::as_ptr(service) };
         self.0.borrow_mut().entry(place).or_insert_with(|| Rc::new(make())).clone()
     }
 

@@ -234,16 +234,13 @@ fn chosen(x: &Exchange, selected: &Selected<'_>) -> Result<Rc<Call>, Failure> {
     let rule = selected.rule;
     let ready = |backend: &outrigger_core::link::Backend| clusters.get(&backend.key).is_ready();
     match route::split(rule, &mut worker.rng.borrow_mut(), ready) {
-        Split::Backend(one, backend) => {
-            let share = rule.backends.iter().position(|other| std::ptr::eq(other, one)).unwrap_or_default();
-            Ok(worker.calls.get(rule, share, &x.service, || Call {
-                cluster: clusters.get(&backend.key),
-                backend: backend.clone(),
-                share,
-                rule: rule.clone(),
-                service: x.service.clone(),
-            }))
-        }
+        Split::Backend(share, backend) => Ok(worker.calls.get(share, &x.service, || Call {
+            cluster: clusters.get(&backend.key),
+            backend: backend.clone(),
+            share: rule.backends.iter().position(|one| std::ptr::eq(one, share)).unwrap_or_default(),
+            rule: rule.clone(),
+            service: x.service.clone(),
+        })),
         Split::Invalid(why) => Err(Failure::new(Reason::NoBackend, why)),
         Split::None => Err(Failure::new(Reason::NoBackend, format!("rule {}", rule.name))),
     }

@@ -100,8 +100,6 @@ pub(crate) struct Filtered {
     chain: Chain,
     up: Half,
     down: Half,
-    /// The client is gone, or has said that nothing more comes
-    left: bool,
 }
 
 #[derive(Debug, Default)]
@@ -155,7 +153,7 @@ fn poll_read(
 
 impl Filtered {
     pub(crate) fn new(chain: Chain) -> Self {
-        Self { chain, up: Half::default(), down: Half::default(), left: false }
+        Self { chain, up: Half::default(), down: Half::default() }
     }
 
     /// Waits until every filter has let the new connection in; meanwhile the client's first bytes gather in them.
@@ -178,9 +176,7 @@ impl Filtered {
                 if self.up.ended || !self.chain.wants(Flow::Request) {
                     return Poll::Pending;
                 }
-                let read = ready!(poll_read(&self.chain, Flow::Request, &mut self.up, client, cx));
-                self.left = self.up.ended;
-                if let Err(error) = read {
+                if let Err(error) = ready!(poll_read(&self.chain, Flow::Request, &mut self.up, client, cx)) {
                     return Poll::Ready(Err((Reason::FilterResponse, format!("the client went away: {error}"))));
                 }
             }
@@ -220,7 +216,7 @@ impl Filtered {
 
 impl Drop for Filtered {
     fn drop(&mut self) {
-        self.chain.closed(Flow::Request, if self.left { Who::Remote } else { Who::Local });
+        self.chain.closed(Flow::Request, if self.up.ended { Who::Remote } else { Who::Local });
         self.chain.done();
     }
 }
@@ -249,13 +245,12 @@ where
     F: FnMut(Speaker) + Unpin,
 {
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<Option<Stop>>> {
-        let Filtered { chain, up, down, left } = &mut *self.filtered;
+        let Filtered { chain, up, down } = &mut *self.filtered;
         chain.settle();
         register(chain, cx);
         let mut moved = false;
         let sending = up.poll(chain, Flow::Request, &mut self.client, &mut self.server, cx, &mut moved);
         let receiving = down.poll(chain, Flow::Response, &mut self.server, &mut self.client, cx, &mut moved);
-        *left |= up.ended;
         if moved && let Some(mut heard) = self.heard.take() {
             heard(if up.bytes > 0 { Speaker::Client } else { Speaker::Server });
         }

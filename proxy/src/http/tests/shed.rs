@@ -3,6 +3,8 @@
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use outrigger_core::shed::hold;
+
 use super::*;
 use crate::metrics::Metric;
 use crate::shed::FEW;
@@ -104,6 +106,8 @@ fn a_worker_with_few_requests_refuses_none_however_late() {
         assert!(get(outbound, "reviews", "/").await.ends_with("hello"));
         let _one_more = occupy_one(outbound).await;
         until("it is in flight", || client.worker.load.running() == FEW as usize).await;
+        let asked = std::time::Instant::now();
         assert_refused(&get(outbound, "reviews", "/").await);
+        assert!(asked.elapsed() >= hold(0), "who is refused at once comes back at once");
     });
 }
