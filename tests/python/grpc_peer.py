@@ -100,8 +100,11 @@ def call(address, authority, case):
             assert e.code() == grpc.StatusCode.FAILED_PRECONDITION and e.details() == "not ready: caf\u00e9", e
             assert dict(e.trailing_metadata()).get("x-why") == "asked", e.trailing_metadata()
     elif case == "many":
-        calls = [channel.unary_unary("/test.Echo/Unary").future(b"%d" % i, timeout=30) for i in range(500)]
-        assert [c.result() for c in calls] == [b"%d" % i for i in range(500)]
+        # Fifty at once: hundreds are overload to an unoptimised proxy on a busy machine, and it would say so.
+        for first in range(0, 500, 50):
+            sent = [b"%d" % i for i in range(first, first + 50)]
+            calls = [channel.unary_unary("/test.Echo/Unary").future(data, timeout=30) for data in sent]
+            assert [c.result() for c in calls] == sent
     elif case == "status":
         try:
             _, done = unary("Unary")
