@@ -36,6 +36,11 @@ impl Gate {
         Self { running: Cell::new(0), most, watched: Cell::new(false), held: Cell::new(0) }
     }
 
+    /// Requests that have not ended.
+    pub fn running(&self) -> u32 {
+        self.running.get()
+    }
+
     /// A request begins, or is there to be refused.
     pub fn enter(&self) {
         self.running.set(self.running.get() + 1);
@@ -48,7 +53,7 @@ impl Gate {
 
     /// Few enough are in flight that there is nothing to decide.
     fn is_calm(&self) -> bool {
-        self.running.get() <= FEW.min(self.most)
+        self.running() <= FEW.min(self.most)
     }
 }
 

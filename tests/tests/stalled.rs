@@ -246,7 +246,6 @@ fn stalled(application: Application, connections: usize, window: u32, stall: &im
     clients.iter().for_each(H2::close);
     settled("streams end", || worker(&proxy, "running"));
     assert_eq!(worker(&proxy, "running"), 0);
-    // The allocator gives back what has been free for a while, when it is used.
     until("memory comes back", || {
         assert_served(&proxy);
         (proxy.process.anonymous_memory() <= before + KEPT).then_some(())

@@ -22,7 +22,7 @@ use crate::{allocator, tls};
 const LOOK: Duration = Duration::from_millis(250);
 /// While there are none.
 const SLOW_LOOK: Duration = Duration::from_secs(1);
-/// Connections that must have been freed before the allocator is told: the call costs more than a few are worth.
+/// Connections and requests that must have been freed before the allocator is told: the call costs more than a few are worth.
 const WORTH_GIVING_BACK: usize = 64;
 /// What runs on a connection that was idle may still end for this long.
 const IDLE_GRACE: Duration = Duration::from_secs(20);
@@ -34,6 +34,9 @@ pub struct Connections {
     sweeping: Cell<bool>,
     /// Connections that were parked or ended since the allocator was last told
     freed: Cell<usize>,
+    /// Most requests in flight at a look since the allocator was last told, and those at the last look
+    most: Cell<u32>,
+    last: Cell<u32>,
 }
 
 /// What a connection is asked to do.
@@ -147,7 +150,7 @@ async fn sweep(worker: Weak<Worker>) {
             },
         }
         let Some(worker) = worker.upgrade() else { return };
-        match worker.connections.look(Instant::now()) {
+        match worker.connections.look(Instant::now(), worker.gate.running()) {
             Some(at) => next = at,
             None => {
                 worker.connections.sweeping.set(false);
@@ -158,8 +161,8 @@ async fn sweep(worker: Weak<Worker>) {
 }
 
 impl Connections {
-    /// Looks at every connection once. When to look again; never if there are none.
-    fn look(&self, now: Instant) -> Option<Instant> {
+    /// Looks at every connection once, while so many requests are in flight. When to look again; never if there are none.
+    fn look(&self, now: Instant, running: u32) -> Option<Instant> {
         let freed = self.freed.get();
         let mut next = now + SLOW_LOOK;
         let mut all = self.all.borrow_mut();
@@ -171,17 +174,28 @@ impl Connections {
             next = next.min(connection.look(now));
             true
         });
+        let ended = self.ended(running);
         // Nothing new was freed: the burst is over.
-        if freed >= WORTH_GIVING_BACK && freed == self.freed.get() {
+        if freed + ended >= WORTH_GIVING_BACK && freed == self.freed.get() {
             self.freed.set(0);
+            self.most.set(running);
             allocator::give_back();
         }
         // A burst's room is not kept for ever.
         if all.capacity() > 64 && all.len() < all.capacity() / 4 {
             all.shrink_to_fit();
         }
-        let busy = !all.is_empty() || self.freed.get() >= WORTH_GIVING_BACK;
-        busy.then_some(next)
+        let (freed, ended) = (self.freed.get(), self.most.get() - running);
+        (!all.is_empty() || freed + ended as usize >= WORTH_GIVING_BACK).then_some(next)
+    }
+
+    /// How many requests of a burst have ended: few connections may have carried it. None where most of them still run, or did
+    /// at the last look.
+    fn ended(&self, running: u32) -> usize {
+        let most = self.most.get().max(running);
+        self.most.set(most);
+        let few = self.last.replace(running).max(running) <= most / 4;
+        if few { (most - running) as usize } else { 0 }
     }
 }
 
