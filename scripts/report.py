@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""The end of a test run: the ten slowest tests, then `N passed, N failed`. Fails when a test failed or was skipped.
+"""The end of a test run: the ten slowest tests, those that passed only when run again, then `N passed, N failed`. Fails when a
+test failed or was skipped.
 
 report.py junit FILE   what cargo-nextest wrote
 report.py cargo FILE   the output of `cargo test`; it times whole test binaries only
@@ -11,13 +12,16 @@ import xml.etree.ElementTree as ElementTree
 
 
 def junit(path):
-    """(name, seconds) of each test, and how many failed and were skipped."""
-    times, failed, skipped = [], 0, 0
+    """(name, seconds) of each test, how many passed, failed and were skipped, and the names of those that passed when run again."""
+    times, failed, skipped, again = [], 0, 0, []
     for case in ElementTree.parse(path).iter("testcase"):
-        times.append((f"{case.get('classname')} {case.get('name')}", float(case.get("time", 0))))
+        name = f"{case.get('classname')} {case.get('name')}"
+        times.append((name, float(case.get("time", 0))))
+        if any(case.find(tag) is not None for tag in ("flakyFailure", "flakyError")):
+            again.append(name)
         failed += any(case.find(tag) is not None for tag in ("failure", "error"))
         skipped += case.find("skipped") is not None
-    return times, len(times) - failed - skipped, failed, skipped
+    return times, len(times) - failed - skipped, failed, skipped, again
 
 
 def cargo(path):
@@ -34,13 +38,13 @@ def cargo(path):
                     total + int(more) for total, more in zip((passed, failed, skipped), result.groups())
                 )
                 times.append((name, float(result[4])))
-    return times, passed, failed, skipped
+    return times, passed, failed, skipped, []
 
 
 def main():
     kind, path = sys.argv[1:]
     try:
-        times, passed, failed, skipped = {"junit": junit, "cargo": cargo}[kind](path)
+        times, passed, failed, skipped, again = {"junit": junit, "cargo": cargo}[kind](path)
     except (OSError, ElementTree.ParseError) as error:
         # Nothing was run: the build broke, and its errors stand above.
         print(f"no report of the tests: {error}", file=sys.stderr)
@@ -49,6 +53,8 @@ def main():
     print("\nThe ten slowest:")
     for name, seconds in sorted(times, key=lambda item: -item[1])[:10]:
         print(f"  {seconds:8.2f} s  {name}")
+    for name in again:
+        print(f"\nfailed at first and passed when run again, which is a bug to be found (its output is above): {name}")
     if skipped:
         print(f"\n{skipped} skipped: a test is run or removed, never skipped")
     print(f"\n{passed} passed, {failed} failed")

@@ -160,6 +160,8 @@ fn the_ten_slowest_tests_are_printed_and_skipped_ones_fail() {
     assert_eq!(said.lines().last(), Some("14 passed, 0 failed"));
     assert!(!write("<testcase classname=\"c\" name=\"s\" time=\"1\"><skipped/></testcase>").status.success());
     assert!(!write("<testcase classname=\"c\" name=\"f\" time=\"1\"><failure/></testcase>").status.success());
+    let again = write("<testcase classname=\"c\" name=\"again\" time=\"1\"><flakyFailure/></testcase>");
+    assert!(again.status.success() && text(&again.stdout).contains("c again"), "one that was run again is named");
 }
 
 #[test]
