@@ -43,7 +43,7 @@ pub async fn serve_outbound(mut io: Io, info: Outbound, worker: Rc<Worker>) {
     let mut stream = Stream::new(&worker, "outbound", (info.client, info.destination), None);
     let placed = match info.destination {
         Some(destination) => place(&mut stream, &mut io, &worker, destination).await,
-        None => Err(Reason::UnknownService),
+        None => Err(Some(Reason::UnknownService)),
     };
     let learn = |speaker| {
         if let Some(destination) = info.destination {
@@ -92,7 +92,7 @@ async fn place_inbound(
     client: &mut Io,
     worker: &Worker,
     info: &Inbound,
-) -> Result<Placed, Reason> {
+) -> Result<Placed, Option<Reason>> {
     let snapshot = worker.snapshot();
     let (target, filters) = admit(stream, worker, info, &snapshot)?;
     stream.enter(client, &snapshot, &filters).await?;
@@ -132,7 +132,7 @@ async fn place(
     client: &mut Io,
     worker: &Rc<Worker>,
     destination: SocketAddr,
-) -> Result<Placed, Reason> {
+) -> Result<Placed, Option<Reason>> {
     let (snapshot, target) = worker.find(&Key::Ip(destination)).await?;
     stream.pin(&snapshot);
     let target = match target {
@@ -142,7 +142,7 @@ async fn place(
             stream.enter(client, &snapshot, &port.stream_filters).await?;
             let share = port.implicit.backends.first().ok_or(Reason::NoBackend)?;
             let backend = share.backend.as_ref().map_err(|_| Reason::NoBackend)?;
-            return routed(stream, worker, backend).await;
+            return Ok(routed(stream, worker, backend).await?);
         }
         snapshot::Target::Workload(workload) => {
             stream.service = workload.endpoint.id.clone();
@@ -151,7 +151,7 @@ async fn place(
         }
         snapshot::Target::Absent => {
             if snapshot.mesh.as_ref().is_some_and(|mesh| mesh.outbound == OutboundTraffic::RegistryOnly) {
-                return Err(Reason::UnknownService);
+                return Err(Some(Reason::UnknownService));
             }
             stream.service = worker.labels.outside.clone();
             Target::plain(destination, Wire::Tcp, OUTSIDE_CONNECT, IDLE, Label::outbound(&stream.service))
@@ -237,7 +237,13 @@ impl<'a> Stream<'a> {
     }
 
     /// Lets the connection through the filters of these keys, as far as it is theirs to let in.
-    async fn enter(&mut self, client: &mut Io, snapshot: &snapshot::Snapshot, keys: &[String]) -> Result<(), Reason> {
+    /// An error without a reason: the client went away.
+    async fn enter(
+        &mut self,
+        client: &mut Io,
+        snapshot: &snapshot::Snapshot,
+        keys: &[String],
+    ) -> Result<(), Option<Reason>> {
         if keys.is_empty() {
             return Ok(());
         }
@@ -267,11 +273,11 @@ impl<'a> Stream<'a> {
     }
 
     /// Relays until the end; `heard` is told once who spoke first.
-    async fn carry(&mut self, client: Io, placed: Result<Placed, Reason>, heard: impl FnMut(Speaker) + Unpin) {
+    async fn carry(&mut self, client: Io, placed: Result<Placed, Option<Reason>>, heard: impl FnMut(Speaker) + Unpin) {
         let (server, guard) = match placed {
             Ok(placed) => placed,
             Err(reason) => {
-                self.reason = Some(reason);
+                self.reason = reason;
                 return;
             }
         };

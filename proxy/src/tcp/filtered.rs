@@ -156,18 +156,20 @@ impl Filtered {
         Self { chain, up: Half::default(), down: Half::default() }
     }
 
-    /// Waits until every filter has let the new connection in; meanwhile the client's first bytes gather in them.
+    /// Waits until every filter has let the new connection in; meanwhile the client's first bytes gather in them. An error is why not: no
+    /// reason where that is the client's doing.
     pub(crate) async fn admit(
         &mut self,
         client: &mut (impl AsyncRead + Unpin),
         idle: Duration,
-    ) -> Result<(), (Reason, String)> {
+    ) -> Result<(), (Option<Reason>, String)> {
         self.chain.connected();
         let admitted = std::future::poll_fn(|cx| {
             loop {
                 self.chain.settle();
                 if let Some(stop) = self.chain.stop() {
-                    return Poll::Ready(Err(reason(stop)));
+                    let (reason, detail) = reason(stop);
+                    return Poll::Ready(Err((Some(reason), detail)));
                 }
                 if self.chain.take_connected() {
                     return Poll::Ready(Ok(()));
@@ -177,11 +179,11 @@ impl Filtered {
                     return Poll::Pending;
                 }
                 if let Err(error) = ready!(poll_read(&self.chain, Flow::Request, &mut self.up, client, cx)) {
-                    return Poll::Ready(Err((Reason::FilterResponse, format!("the client went away: {error}"))));
+                    return Poll::Ready(Err((None, format!("the client went away: {error}"))));
                 }
             }
         });
-        let late = || Err((Reason::FilterFailed, "no filter let the connection in".to_owned()));
+        let late = || Err((Some(Reason::FilterFailed), "no filter let the connection in".to_owned()));
         tokio::time::timeout(idle, admitted).await.unwrap_or_else(|_| late())
     }
 

@@ -95,6 +95,27 @@ async fn read(from: &mut DuplexStream, n: usize) -> String {
     String::from_utf8(buf).unwrap()
 }
 
+/// A client that resets its connection.
+struct Gone;
+
+impl AsyncRead for Gone {
+    fn poll_read(self: Pin<&mut Self>, _: &mut Context<'_>, _: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Err(io::ErrorKind::ConnectionReset.into()))
+    }
+}
+
+#[test]
+fn a_client_that_goes_before_it_is_let_in_is_not_the_filters_doing() {
+    run(async {
+        let mut setup = setup(&[("a", |_, _, _| Action::Pause)]);
+        let (reason, detail) = within(setup.filtered.admit(&mut Gone, IDLE)).await.unwrap_err();
+        assert_eq!(reason, None, "{detail}");
+        assert!(detail.starts_with("the client went away"), "{detail}");
+        drop(setup.filtered);
+        assert_eq!(setup.events.borrow().last().unwrap(), "a done");
+    });
+}
+
 #[test]
 fn both_directions_pass_the_filters_in_order_and_back_with_half_close() {
     run(async {
