@@ -15,6 +15,7 @@ use tokio::time::Instant;
 use super::serve::IDLE_TIMEOUT;
 use super::{Connection, Way};
 use crate::listen::Version;
+use crate::shed::FEW;
 use crate::worker::Worker;
 use crate::{allocator, tls};
 
@@ -174,7 +175,7 @@ impl Connections {
             next = next.min(connection.look(now));
             true
         });
-        let ended = self.ended(running);
+        let (ended, pending) = self.ended(running);
         // Nothing new was freed: the burst is over.
         if freed + ended >= WORTH_GIVING_BACK && freed == self.freed.get() {
             self.freed.set(0);
@@ -185,17 +186,17 @@ impl Connections {
         if all.capacity() > 64 && all.len() < all.capacity() / 4 {
             all.shrink_to_fit();
         }
-        let (freed, ended) = (self.freed.get(), self.most.get() - running);
-        (!all.is_empty() || freed + ended as usize >= WORTH_GIVING_BACK).then_some(next)
+        (!all.is_empty() || pending || self.freed.get() >= WORTH_GIVING_BACK).then_some(next)
     }
 
-    /// How many requests of a burst have ended: few connections may have carried it. None where most of them still run, or did
-    /// at the last look.
-    fn ended(&self, running: u32) -> usize {
+    /// How many requests of a burst have ended, which few connections may have carried; none where the worker is not as good as idle at two
+    /// looks. And whether the next look may see them.
+    fn ended(&self, running: u32) -> (usize, bool) {
         let most = self.most.get().max(running);
         self.most.set(most);
-        let few = self.last.replace(running).max(running) <= most / 4;
-        if few { (most - running) as usize } else { 0 }
+        let (was, is) = (self.last.replace(running) <= FEW, running <= FEW);
+        let ended = if is { (most - running) as usize } else { 0 };
+        if was { (ended, false) } else { (0, ended >= WORTH_GIVING_BACK) }
     }
 }
 
@@ -238,5 +239,26 @@ impl Connection {
         tracing::info!(client = %self.client(), peer = %peer.identity, ?why, "a peer is no longer trusted: its connection ends");
         self.seat.ask(Ask::Close(tls::GRACE));
         true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_of_many_requests_is_given_back_when_they_are_over() {
+        let (connections, now) = (Connections::default(), Instant::now());
+        let look = |running| (connections.look(now, running).is_some(), connections.most.get());
+        assert_eq!(look(1000), (false, 1000));
+        assert_eq!(look(FEW + 1), (false, 1000), "it is busy still");
+        assert_eq!(look(3), (true, 1000), "one more look, also without connections");
+        assert_eq!(look(3), (false, 3), "given back");
+        // A busy worker's ups and downs are none of it, nor is what a few have left.
+        for running in [500, 30, 400, 20, 20] {
+            assert_eq!(look(running).1, 500);
+        }
+        assert_eq!((look(0), look(0)), ((true, 500), (false, 0)));
+        assert_eq!((look(60), look(0), look(0)), ((false, 60), (false, 60), (false, 60)));
     }
 }
