@@ -82,12 +82,13 @@ pub fn refuses(worker: &Rc<Worker>) -> Option<Refusal> {
     Some(refusal)
 }
 
-/// Has the request that entered last wait for its refusal (see [`shed::hold`]), where not too many do. Meanwhile it is not in flight.
-pub async fn hold(worker: &Rc<Worker>) {
+/// Has a request that entered wait for its refusal (see [`shed::hold`]), at the latest until `deadline`, where not too many do. Meanwhile it
+/// is not in flight.
+pub async fn hold(worker: &Rc<Worker>, deadline: Option<std::time::Instant>) {
     if worker.gate.held.get() < HELD {
         let _held = Held::new(worker);
-        let wait = shed::hold(worker.rng.borrow_mut().u16(..));
-        tokio::time::sleep(wait).await;
+        let until = Instant::now() + shed::hold(worker.rng.borrow_mut().u16(..));
+        tokio::time::sleep_until(deadline.map_or(until, |deadline| until.min(deadline.into()))).await;
     }
 }
 

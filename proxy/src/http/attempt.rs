@@ -89,6 +89,13 @@ impl Attempt {
         self.trusted
     }
 
+    /// The endpoint's proxy had no time for the request, or no room.
+    pub(super) fn overloaded(&self, response: &Response<Received>) -> bool {
+        // Neutral is only what a proxy refused.
+        self.outcome == Outcome::Neutral
+            && response.headers().get(&respond::REASON).is_some_and(|reason| reason == Reason::Overloaded.code())
+    }
+
     /// Applies the route's response modifiers.
     pub(super) fn modify(&self, head: &mut response::Parts) {
         let Some(chosen) = self.chosen.as_ref().filter(|chosen| !chosen.call.rule.simple) else { return };

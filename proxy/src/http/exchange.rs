@@ -101,6 +101,9 @@ pub(super) struct Incomer {
     pub(super) upgrade: Option<OnUpgrade>,
 }
 
+/// Detail of an endpoint that did not finish.
+pub(super) const BROKEN_OFF: &str = "the endpoint broke off the response's body";
+
 /// What policies and routes look at, and filters may change.
 pub(super) struct Judged {
     method: Method,
@@ -165,15 +168,21 @@ pub(super) async fn handle(
     let incomer = Incomer { head, body: ClientBody::Plain(body), upgrade };
     let connection = exchange.connection.clone();
     let refusal = shed::refuses(&connection.worker);
-    if refusal == Some(Refusal::Late) {
-        Box::pin(shed::hold(&connection.worker)).await;
+    // A sidecar hears it at once: its timers run, and what it has open to us is needed elsewhere. It has its own client wait.
+    if refusal == Some(Refusal::Late) && connection.peer().is_none() {
+        Box::pin(shed::hold(&connection.worker, None)).await;
     }
-    let answer = match &connection.info {
+    let mut answer = match &connection.info {
         _ if refusal.is_some() => Err(exchange.refuse()),
         _ if too_large(&incomer.head) => Err(Reason::HeadersTooLarge.into()),
         ConnectionInfo::Outbound(info) => outbound::handle(&mut exchange, info, incomer).await,
         ConnectionInfo::Inbound(info) => inbound::handle(&mut exchange, info, incomer).await,
     };
+    if let Ok(Answer::Upstream(response, attempt)) = &answer
+        && attempt.overloaded(response)
+    {
+        answer = Err(Box::pin(exchange.refused(answer)).await);
+    }
     match exchange.chain.clone() {
         None => exchange.conclude(answer, &hops, running),
         Some(chain) => Box::pin(exchange.finish_filtered(chain, answer, &hops, running)).await,
@@ -233,6 +242,19 @@ impl Exchange {
         };
         hops.restore(&mut response);
         Ok(response.map(|body| ResponseBody::full(body).holding(running)))
+    }
+
+    /// The endpoint's proxy has no time for the request: so it is told, once nothing is held that others could use, after a while.
+    async fn refused(&self, answer: Result<Answer, Failure>) -> Failure {
+        if let Ok(Answer::Upstream(response, attempt)) = answer {
+            let deadline = attempt.deadline;
+            match response.into_body().take_whole() {
+                Some(_) => attempt.succeeded(None, Instant::now()),
+                None => attempt.cancelled(),
+            }
+            shed::hold(&self.connection.worker, deadline).await;
+        }
+        Reason::Overloaded.into()
     }
 
     /// The worker has no time for it. It is counted, but not in the access log: that would cost more than the refusal.
@@ -502,7 +524,7 @@ impl Tail for ExchangeTail {
     fn broken(&mut self) {
         self.ended = true;
         self.exchange.reason = Some(Reason::UpstreamReset.code());
-        self.exchange.detail.push_str("the endpoint broke off the response's body");
+        self.exchange.detail.push_str(BROKEN_OFF);
         if let Some(attempt) = self.attempt.take() {
             attempt.failed();
         }

@@ -66,7 +66,8 @@ fn assert_refused(response: &str) {
 fn a_late_worker_refuses_a_share_until_it_is_in_time_again() {
     run(async {
         let (client, outbound) = proxy().await;
-        let open = occupy(&client, outbound, FEW).await;
+        // Never so few that its lag does not count.
+        let open = occupy(&client, outbound, FEW + 1).await;
         let load = client.worker.load.clone();
         let share = || load.shed_share.load(Ordering::Relaxed);
         let hog = tokio::task::spawn_local(async {
@@ -109,5 +110,36 @@ fn a_worker_with_few_requests_refuses_none_however_late() {
         let asked = std::time::Instant::now();
         assert_refused(&get(outbound, "reviews", "/").await);
         assert!(asked.elapsed() >= hold(0), "who is refused at once comes back at once");
+    });
+}
+
+#[test]
+fn a_sidecar_hears_of_its_refusal_at_once_and_has_its_client_wait() {
+    run(async {
+        let app = app(|_| ok("hello")).await;
+        let mut server = TestProxy::new("reviews");
+        server.inbound(self_port(app, wire::MtlsMode::Strict));
+        (0..FEW).for_each(|_| server.worker.gate.enter());
+        server.worker.load.shed_share.store(outrigger_core::shed::WHOLE, Ordering::Relaxed);
+        let inbound = server.serve_inbound(app, true).await;
+        let mut client = TestProxy::new("web");
+        // An attempt has less time than a refusal takes where it waits.
+        let per_try_timeout_ms = 200;
+        client.service(&service("reviews", wire::RoutePolicy { per_try_timeout_ms, ..retries() }));
+        client.endpoints("demo/reviews:80", vec![endpoint("one", inbound, Some("reviews"))]);
+        let outbound = client.serve_outbound(Some(Version::Http1), None).await;
+        let asked = std::time::Instant::now();
+        let mut stream = TcpStream::connect(outbound).await.unwrap();
+        let (response, ()) = tokio::join!(ask(&mut stream), async {
+            until("the attempt is over", || client.total(Metric::Attempts, &["demo/reviews", "refused"]) == 1).await;
+            assert!(client.worker.load.running() == 1, "while its client waits");
+        });
+        assert_refused(&response);
+        assert!(asked.elapsed() >= hold(0), "who is refused at once comes back at once");
+        assert_eq!(client.logged("outbound")["attempts"], 1);
+        // What was refused is forgotten: the connection is used again.
+        server.worker.load.shed_share.store(0, Ordering::Relaxed);
+        assert!(ask(&mut stream).await.ends_with("hello"));
+        assert_eq!(client.total(Metric::UpstreamConnects, &["demo/reviews", "success"]), 1);
     });
 }
