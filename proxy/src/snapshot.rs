@@ -9,7 +9,7 @@ use outrigger_core::balance::EndpointInfo;
 use outrigger_core::key::Key;
 use outrigger_core::link::{Inbound, Mesh, Protocol, Service};
 
-use crate::filter::{Filter, Plugin, Plugins, StatusRow};
+use crate::filter::{Filters, Plugin, Plugins, StatusRow};
 
 /// All configuration at one moment.
 #[derive(Debug, Clone, Default)]
@@ -93,8 +93,8 @@ impl Snapshot {
     ///
     /// # Errors
     /// The key of one that is not ready and FailClosed, or unknown.
-    pub fn filters(&self, keys: &[String]) -> Result<Vec<Box<dyn Filter>>, String> {
-        let mut filters = Vec::with_capacity(keys.len());
+    pub fn filters(&self, keys: &[String]) -> Result<Filters, String> {
+        let mut filters = Filters::with_capacity(keys.len());
         for key in keys {
             match self.filters.get(key) {
                 Some(FilterSlot { plugin: Some(plugin), .. }) => filters.push(Plugin::filter(plugin)),

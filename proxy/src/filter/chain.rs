@@ -15,7 +15,7 @@ use http::{HeaderMap, HeaderValue, request, response};
 use super::kept::Kept;
 use super::local::is_grpc;
 use super::stream::{At, Waiter};
-use super::{Event, Failed, Filter, FilterState, Flow, Peer, Plugin, Stream, StreamInfo};
+use super::{Event, Failed, FilterState, Filters, Flow, Peer, Plugin, Stream, StreamInfo};
 
 /// What comes out of a chain behind a head.
 #[derive(Debug)]
@@ -57,7 +57,6 @@ impl std::fmt::Debug for Chain {
 struct Inner {
     stream: Rc<Stream>,
     count: usize,
-    tcp: bool,
     state: RefCell<State>,
 }
 
@@ -84,9 +83,35 @@ struct Direction {
     head_taken: bool,
     /// Nothing more of it comes out
     cut: bool,
-    out: VecDeque<Bytes>,
+    out: Queue,
     held_out: usize,
     out_end: Option<End>,
+}
+
+/// Chunks, none of them empty. As a rule there is one, which takes no memory of its own.
+#[derive(Default)]
+struct Queue {
+    next: Bytes,
+    rest: VecDeque<Bytes>,
+}
+
+impl Queue {
+    fn push(&mut self, bytes: Bytes) {
+        if self.next.is_empty() {
+            self.next = bytes;
+        } else if !bytes.is_empty() {
+            self.rest.push_back(bytes);
+        }
+    }
+
+    fn pop(&mut self) -> Option<Bytes> {
+        let rest = self.rest.pop_front().unwrap_or_default();
+        Some(std::mem::replace(&mut self.next, rest)).filter(|bytes| !bytes.is_empty())
+    }
+
+    fn is_empty(&self) -> bool {
+        self.next.is_empty()
+    }
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -112,19 +137,19 @@ impl Chain {
     }
 
     /// A chain of any filters.
-    pub fn of(filters: Vec<Box<dyn Filter>>, info: StreamInfo) -> Self {
+    pub fn of(filters: Filters, info: StreamInfo) -> Self {
         Self::make(filters, info, false)
     }
 
     /// A chain for an opaque connection.
-    pub fn tcp(filters: Vec<Box<dyn Filter>>, info: StreamInfo) -> Self {
+    pub fn tcp(filters: Filters, info: StreamInfo) -> Self {
         Self::make(filters, info, true)
     }
 
-    fn make(filters: Vec<Box<dyn Filter>>, info: StreamInfo, tcp: bool) -> Self {
+    fn make(filters: Filters, info: StreamInfo, tcp: bool) -> Self {
         let count = filters.len();
         let stream = Rc::new(Stream::new(filters, info, tcp));
-        Self(Rc::new(Inner { stream, count, tcp, state: RefCell::default() }))
+        Self(Rc::new(Inner { stream, count, state: RefCell::default() }))
     }
 
     /// Facts that become known later (upstream, route).
@@ -189,7 +214,7 @@ impl Chain {
         Some(taken)
     }
 
-    /// The same without a copy: to be followed by [`Chain::keep_response`] or [`Chain::done_with`].
+    /// The same without a copy: to be followed by [`Chain::keep_response`], [`Chain::lend`] or [`Chain::done_with`].
     pub fn release_response(&self) -> Option<(response::Parts, bool)> {
         let mut data = self.0.stream.data();
         let end = self.0.take_head(Flow::Response)?;
@@ -206,11 +231,16 @@ impl Chain {
         }
     }
 
+    /// Filters may read a head that was released while something is done; it is given back.
+    pub fn lend(&self, head: response::Parts, meanwhile: impl FnOnce()) -> Option<response::Parts> {
+        self.0.stream.data().response.head = Some(head);
+        meanwhile();
+        self.0.stream.data().response.head.take()
+    }
+
     /// The exchange is over before the response's head leaves: filters log what there is, and it is given back.
     pub fn done_with(&self, head: response::Parts) -> Option<response::Parts> {
-        self.0.stream.data().response.head = Some(head);
-        self.0.finish();
-        self.0.stream.data().response.head.take()
+        self.lend(head, || self.0.finish())
     }
 
     /// Body bytes of a message whose head came before; `end`: nothing follows.
@@ -233,7 +263,7 @@ impl Chain {
     pub fn next(&self, flow: Flow) -> Option<Frame> {
         let mut state = self.0.state.borrow_mut();
         let direction = state.of(flow);
-        if let Some(bytes) = direction.out.pop_front() {
+        if let Some(bytes) = direction.out.pop() {
             direction.held_out -= bytes.len();
             return Some(Frame::Data(bytes));
         }
@@ -268,13 +298,13 @@ impl Chain {
     pub fn take_whole(&self, flow: Flow) -> Option<Bytes> {
         let mut state = self.0.state.borrow_mut();
         let direction = state.of(flow);
-        let plain = direction.out_end == Some(End::Plain) && !direction.cut && direction.out.len() <= 1;
+        let plain = direction.out_end == Some(End::Plain) && !direction.cut && direction.out.rest.is_empty();
         if !plain || self.0.stream.data().trailers_mut(flow).is_some() {
             return None;
         }
         direction.out_end = Some(End::Taken);
         direction.held_out = 0;
-        Some(direction.out.pop_front().unwrap_or_default())
+        Some(std::mem::take(&mut direction.out.next))
     }
 
     /// Nothing more of a direction comes out: a filter saw to that.

@@ -55,18 +55,18 @@ impl Head for response::Parts {
 /// Bytes that the fields of most heads take.
 const USUAL: usize = 512;
 
-/// Header fields behind one another: their names and values, each with its length in front.
+/// Header fields behind one another: their names and values, with both lengths in front.
 struct Fields(Vec<u8>);
 
 impl Fields {
     fn copy(fields: &HeaderMap) -> Self {
         let mut bytes = Vec::with_capacity(USUAL);
         for (name, value) in fields {
-            for part in [name.as_str().as_bytes(), value.as_bytes()] {
-                // A head is far smaller than 4 GiB.
-                bytes.extend_from_slice(&u32::try_from(part.len()).unwrap_or_default().to_ne_bytes());
-                bytes.extend_from_slice(part);
-            }
+            // A head is far smaller than 4 GiB.
+            let lengths = ((name.as_str().len() as u64) << 32) | value.len() as u64;
+            bytes.extend_from_slice(&lengths.to_ne_bytes());
+            bytes.extend_from_slice(name.as_str().as_bytes());
+            bytes.extend_from_slice(value.as_bytes());
         }
         Self(bytes)
     }
@@ -74,7 +74,7 @@ impl Fields {
     fn map(&self) -> HeaderMap {
         let mut fields = HeaderMap::new();
         let mut rest = self.0.as_slice();
-        while let (Some(name), Some(value)) = (part(&mut rest), part(&mut rest)) {
+        while let Some((name, value)) = field(&mut rest) {
             if let (Ok(name), Ok(value)) = (HeaderName::from_bytes(name), HeaderValue::from_bytes(value)) {
                 // There are no more of them than there were.
                 let _ = fields.try_append(name, value);
@@ -84,11 +84,14 @@ impl Fields {
     }
 }
 
-fn part<'a>(rest: &mut &'a [u8]) -> Option<&'a [u8]> {
-    let (len, behind) = rest.split_first_chunk()?;
-    let (part, behind) = behind.split_at_checked(usize::try_from(u32::from_ne_bytes(*len)).ok()?)?;
+/// The next one's name and value.
+fn field<'a>(rest: &mut &'a [u8]) -> Option<(&'a [u8], &'a [u8])> {
+    let (lengths, behind) = rest.split_first_chunk()?;
+    let lengths = u64::from_ne_bytes(*lengths);
+    let (name, behind) = behind.split_at_checked(usize::try_from(lengths >> 32).ok()?)?;
+    let (value, behind) = behind.split_at_checked(usize::try_from(lengths & u64::from(u32::MAX)).ok()?)?;
     *rest = behind;
-    Some(part)
+    Some((name, value))
 }
 
 /// A head as it left the chain.

@@ -22,7 +22,7 @@ pub use info::{ConnectionFacts, FilterState, StaticConnection, StreamInfo};
 pub use local::LocalResponse;
 pub use plugin::{Compiler, FilterError, Plugin, Plugins, Settings};
 pub use report::{Health, StatusRow, prometheus};
-pub use stream::{At, Facts, Flow, HeadMut, HeadRef, Lacking, Stream, View, Which};
+pub use stream::{At, Edits, Facts, Filters, Flow, HeadMut, HeadRef, Stream, View, Which};
 pub use wasm::{Answer, AnswerBody, CallOut, Outside, connect, release_unused, warm};
 
 /// Bytes that a filter may make of a body, in one write or in many.

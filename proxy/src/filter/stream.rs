@@ -74,20 +74,28 @@ impl Stage {
     }
 }
 
-/// Names of pseudo headers that a message cannot do without and that a filter took away; a bit each.
+/// What a filter did to a head that others have to know.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
-pub struct Lacking(u8);
+pub struct Edits {
+    /// Pseudo headers that a message cannot do without and that it took away; a bit each
+    lacking: u8,
+    /// Bytes of names and values that it wrote
+    pub written: usize,
+}
 
-impl Lacking {
+impl Edits {
     /// Notes whether the pseudo header of this number is lacking.
-    pub fn set(&mut self, index: usize, lacking: bool) {
+    pub fn lacks(&mut self, index: usize, lacking: bool) {
         let bit = 1 << index;
-        self.0 = if lacking { self.0 | bit } else { self.0 & !bit };
+        self.lacking = if lacking { self.lacking | bit } else { self.lacking & !bit };
     }
 
-    /// The first one of these names.
-    pub fn first(self, names: &[&'static str]) -> Option<&'static str> {
-        names.iter().enumerate().find(|(index, _)| self.0 >> index & 1 == 1).map(|(_, name)| *name)
+    /// The first one of these names that is.
+    pub fn lacking(self, names: &[&'static str]) -> Option<&'static str> {
+        if self.lacking == 0 {
+            return None;
+        }
+        names.iter().enumerate().find(|(index, _)| self.lacking >> index & 1 == 1).map(|(_, name)| *name)
     }
 }
 
@@ -109,7 +117,7 @@ pub(crate) struct Slot {
     pub(crate) request: Stage,
     pub(crate) response: Stage,
     pub(crate) wishes: Wishes,
-    pub(crate) lacking: [Lacking; 2],
+    pub(crate) edits: [Edits; 2],
     /// It wrote to the message
     pub(crate) changed: bool,
     /// It has answered: it cannot again
@@ -127,7 +135,7 @@ impl Slot {
             request: Stage::default(),
             response: Stage::default(),
             wishes: Wishes::default(),
-            lacking: <[Lacking; 2]>::default(),
+            edits: <[Edits; 2]>::default(),
             changed: false,
             answered: false,
         }
@@ -150,6 +158,38 @@ impl Slot {
             Flow::Request => &mut self.request,
             Flow::Response => &mut self.response,
         }
+    }
+}
+
+/// The filters of an exchange to be, in the order in which the request meets them.
+#[derive(Default)]
+pub struct Filters(Vec<Slot>);
+
+impl Filters {
+    /// None yet, with room for so many.
+    pub fn with_capacity(filters: usize) -> Self {
+        Self(Vec::with_capacity(filters))
+    }
+
+    /// One more.
+    pub fn push(&mut self, filter: Box<dyn Filter>) {
+        self.0.push(Slot::new(Some(filter)));
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.0.len()
+    }
+}
+
+impl FromIterator<Box<dyn Filter>> for Filters {
+    fn from_iter<I: IntoIterator<Item = Box<dyn Filter>>>(filters: I) -> Self {
+        Self(filters.into_iter().map(|filter| Slot::new(Some(filter))).collect())
+    }
+}
+
+impl std::fmt::Debug for Filters {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Filters").field(&self.len()).finish()
     }
 }
 
@@ -182,7 +222,6 @@ pub(crate) struct Data {
     pub(crate) slots: Vec<Slot>,
     /// The exchange is over and its filters log: heads are read-only
     pub(crate) logging: bool,
-    pub(crate) tcp: bool,
     /// The response's head has left the chain
     pub(crate) head_sent: bool,
 }
@@ -190,6 +229,8 @@ pub(crate) struct Data {
 /// The cell; see the module.
 pub struct Stream {
     pub(crate) data: RefCell<Data>,
+    /// Of an opaque connection
+    pub(crate) tcp: bool,
     /// Something was asked for from outside the chain's own callbacks
     pub(crate) signal: Cell<bool>,
     wakers: RefCell<[Option<Waker>; 3]>,
@@ -219,18 +260,22 @@ impl From<Flow> for Waiter {
 }
 
 impl Stream {
-    pub(crate) fn new(filters: Vec<Box<dyn Filter>>, info: StreamInfo, tcp: bool) -> Self {
-        let data = Data {
-            info,
-            state: FilterState::default(),
-            request: Message::default(),
-            response: Message::default(),
-            slots: filters.into_iter().map(|filter| Slot::new(Some(filter))).collect(),
-            logging: false,
+    pub(crate) fn new(filters: Filters, info: StreamInfo, tcp: bool) -> Self {
+        // In one piece: it is large, and moved as often as it has names.
+        Self {
+            data: RefCell::new(Data {
+                info,
+                state: FilterState::default(),
+                request: Message::default(),
+                response: Message::default(),
+                slots: filters.0,
+                logging: false,
+                head_sent: false,
+            }),
             tcp,
-            head_sent: false,
-        };
-        Self { data: RefCell::new(data), signal: Cell::new(false), wakers: RefCell::default() }
+            signal: Cell::new(false),
+            wakers: RefCell::default(),
+        }
     }
 
     /// Who polls next is told when something happens.
@@ -280,15 +325,15 @@ pub enum HeadRef<'a> {
     Trailers(&'a HeaderMap),
 }
 
-/// A head that may be written, and where to note pseudo headers that are missing.
+/// A head that may be written, and where to note what was done to it.
 #[derive(Debug)]
 pub enum HeadMut<'a> {
     /// Of the request
-    Request(&'a mut request::Parts, &'a mut Lacking),
+    Request(&'a mut request::Parts, &'a mut Edits),
     /// Of the response
-    Response(&'a mut response::Parts, &'a mut Lacking),
+    Response(&'a mut response::Parts, &'a mut Edits),
     /// Trailers
-    Trailers(&'a mut HeaderMap, &'a mut Lacking),
+    Trailers(&'a mut HeaderMap, &'a mut Edits),
 }
 
 /// Which head of a direction.
@@ -306,7 +351,7 @@ impl View {
         let data = self.stream.data.borrow();
         let stage = data.slots.get(self.index)?.stage(flow);
         let at = if which == Which::Headers { At::Headers } else { At::Trailers };
-        if !(stage.open(at) || data.logging) || data.tcp {
+        if !(stage.open(at) || data.logging) || self.stream.tcp {
             return None;
         }
         let head = match (flow, which) {
@@ -328,13 +373,13 @@ impl View {
     ) -> Option<Result<T, E>> {
         let mut data = self.stream.data.borrow_mut();
         let data = &mut *data;
-        if data.logging || data.tcp {
+        if data.logging || self.stream.tcp {
             return None;
         }
         let slot = data.slots.get_mut(self.index)?;
-        let (stage, lacking) = match flow {
-            Flow::Request => (&slot.request, slot.lacking.first_mut()?),
-            Flow::Response => (&slot.response, slot.lacking.last_mut()?),
+        let (stage, edits) = match flow {
+            Flow::Request => (&slot.request, slot.edits.first_mut()?),
+            Flow::Response => (&slot.response, slot.edits.last_mut()?),
         };
         let at = if which == Which::Headers { At::Headers } else { At::Trailers };
         let last = which == Which::Trailers && stage.open(At::Body) && stage.ended;
@@ -342,13 +387,11 @@ impl View {
             return None;
         }
         let head = match (flow, which) {
-            (Flow::Request, Which::Headers) => HeadMut::Request(data.request.head.as_mut()?, lacking),
-            (Flow::Response, Which::Headers) => HeadMut::Response(data.response.head.as_mut()?, lacking),
-            (Flow::Request, Which::Trailers) => {
-                HeadMut::Trailers(data.request.trailers.get_or_insert_default(), lacking)
-            }
+            (Flow::Request, Which::Headers) => HeadMut::Request(data.request.head.as_mut()?, edits),
+            (Flow::Response, Which::Headers) => HeadMut::Response(data.response.head.as_mut()?, edits),
+            (Flow::Request, Which::Trailers) => HeadMut::Trailers(data.request.trailers.get_or_insert_default(), edits),
             (Flow::Response, Which::Trailers) => {
-                HeadMut::Trailers(data.response.trailers.get_or_insert_default(), lacking)
+                HeadMut::Trailers(data.response.trailers.get_or_insert_default(), edits)
             }
         };
         let result = f(head);
@@ -396,7 +439,7 @@ impl View {
     pub fn respond(&self, response: LocalResponse) -> bool {
         let data = self.stream.data.borrow();
         // What comes too late resets the stream, as it does in other hosts: the filter wants the client not to get what it is getting.
-        if data.logging || data.tcp {
+        if data.logging || self.stream.tcp {
             return false;
         }
         drop(data);
@@ -415,14 +458,13 @@ impl View {
 
     /// An opaque connection.
     pub fn is_tcp(&self) -> bool {
-        self.stream.data.borrow().tcp
+        self.stream.tcp
     }
 
     /// Facts of the exchange, the properties that filters set, and the heads as far as they are known now.
     pub fn facts<R>(&self, f: impl FnOnce(&Facts<'_>) -> R) -> R {
         let data = self.stream.data.borrow();
-        let (request, response) = (data.request.view(), data.response.view());
-        f(&Facts { info: &data.info, state: &data.state, request, response })
+        f(&Facts { info: &data.info, state: &data.state, request: &data.request, response: &data.response })
     }
 
     /// Sets a property for the rest of the exchange. False: too much.
@@ -454,16 +496,31 @@ impl View {
 }
 
 /// What properties are made of.
-#[derive(Debug)]
 pub struct Facts<'a> {
     /// Of the connection and the route
     pub info: &'a StreamInfo,
     /// Set by filters
     pub state: &'a FilterState,
+    request: &'a Message<request::Parts>,
+    response: &'a Message<response::Parts>,
+}
+
+impl std::fmt::Debug for Facts<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Facts").field("info", self.info).finish_non_exhaustive()
+    }
+}
+
+impl<'a> Facts<'a> {
     /// As it stands, or as it left the chain where a filter may still want it
-    pub request: Option<&'a request::Parts>,
+    pub fn request(&self) -> Option<&'a request::Parts> {
+        self.request.view()
+    }
+
     /// The same
-    pub response: Option<&'a response::Parts>,
+    pub fn response(&self) -> Option<&'a response::Parts> {
+        self.response.view()
+    }
 }
 
 impl Data {

@@ -7,7 +7,9 @@ use std::rc::Rc;
 use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, StatusCode};
 
-use super::{Action, Chain, Event, Filter, Flow, Frame, Interest, LocalResponse, Stop, StreamInfo, View, Which};
+use super::{
+    Action, Chain, Event, Filter, Filters, Flow, Frame, Interest, LocalResponse, Stop, StreamInfo, View, Which,
+};
 
 type Script = Rc<RefCell<VecDeque<Box<dyn FnMut(&View) -> Action>>>>;
 type Log = Rc<RefCell<Vec<String>>>;
@@ -71,7 +73,7 @@ struct Bench {
 impl Bench {
     fn new(count: usize) -> Self {
         let (log, mut scripts, mut views) = (Log::default(), Vec::new(), Vec::new());
-        let mut filters: Vec<Box<dyn Filter>> = Vec::new();
+        let mut filters = Filters::default();
         for name in ["a", "b", "c"].into_iter().take(count) {
             let (script, last) = (Script::default(), Rc::<RefCell<Option<View>>>::default());
             scripts.push(script.clone());

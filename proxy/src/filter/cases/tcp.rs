@@ -18,7 +18,7 @@ use tokio::task::JoinHandle;
 
 use super::model::{Chunk, Tcp, TcpState};
 use super::observe::SeenTcp;
-use crate::filter::{Chain, Filter, StreamInfo};
+use crate::filter::{Chain, Filters, StreamInfo};
 use crate::tcp::IDLE;
 use crate::tcp::filtered::{Filtered, reason};
 
@@ -43,7 +43,7 @@ struct Fate {
 
 impl Connection {
     /// The client has connected.
-    pub(super) fn new(filters: Vec<Box<dyn Filter>>, info: StreamInfo) -> Self {
+    pub(super) fn new(filters: Filters, info: StreamInfo) -> Self {
         let chain = Chain::tcp(filters, info);
         let (client, upstream, fate) = (End::default(), End::default(), Rc::<Fate>::default());
         let carrying = carry(chain.clone(), client.clone(), upstream.clone(), Rc::clone(&fate));
@@ -106,7 +106,8 @@ impl Connection {
 async fn carry(chain: Chain, mut client: End, upstream: End, fate: Rc<Fate>) {
     let mut filtered = Filtered::new(chain);
     let whole = async {
-        filtered.admit(&mut client, IDLE).await?;
+        let admitted = filtered.admit(&mut client, IDLE).await;
+        admitted.map_err(|(reason, detail)| (reason.unwrap_or(Reason::FilterFailed), detail))?;
         fate.state.set(TcpState::Open);
         filtered.connected_to(Some(([127, 0, 0, 1], 8080).into()));
         match filtered.carry(client, upstream, IDLE, |_| {}).await {

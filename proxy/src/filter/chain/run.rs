@@ -70,9 +70,7 @@ impl Inner {
         let mut state = self.state.borrow_mut();
         let direction = state.of(flow);
         direction.held_out += bytes.len();
-        if !bytes.is_empty() {
-            direction.out.push_back(bytes);
-        }
+        direction.out.push(bytes);
         if trailers {
             direction.out_end = Some(End::Trailers);
         } else if ended {
@@ -272,7 +270,7 @@ impl Inner {
     pub(super) fn stop(&self, stop: Stop) {
         let mut state = self.state.borrow_mut();
         // What has gone out cannot be replaced; of TCP nothing is, and why it ends is what counts.
-        let sent = state.response.head_taken && !self.tcp;
+        let sent = state.response.head_taken && !self.stream.tcp;
         let stop = if sent && stop != Stop::Local { Stop::Reset } else { stop };
         state.request.cut = true;
         if stop == Stop::Reset {
@@ -379,11 +377,8 @@ impl Inner {
         if std::mem::replace(&mut self.state.borrow_mut().done, true) {
             return;
         }
-        let tcp = {
-            let mut data = self.stream.data();
-            data.logging = true;
-            data.tcp
-        };
+        let tcp = self.stream.tcp;
+        self.stream.data().logging = true;
         let take = |index: usize| self.stream.data().slots.get_mut(index).and_then(|slot| slot.filter.take());
         for index in (0..self.count).filter(|_| !tcp) {
             if let Some(mut filter) = take(index) {
@@ -409,7 +404,7 @@ impl Inner {
 /// A filter took away what the message cannot do without.
 fn lacking(slot: &Slot, flow: Flow) -> Option<Failed> {
     const REQUEST: [&str; 4] = [":method", ":path", ":authority", ":scheme"];
-    let lacking = slot.lacking[flow as usize].first(if flow == Flow::Request { &REQUEST } else { &[":status"] })?;
+    let lacking = slot.edits[flow as usize].lacking(if flow == Flow::Request { &REQUEST } else { &[":status"] })?;
     let filter = slot.filter.as_ref().map_or_else(String::new, |filter| filter.name().to_owned());
     Some(Failed { filter, reason: format!("it removed {lacking}") })
 }

@@ -5,17 +5,23 @@ use std::cell::RefCell;
 use http::uri::{Authority, PathAndQuery, Scheme, Uri};
 use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Version, header, request, response};
 
-use super::super::{HeadRef, Lacking};
+use super::super::{Edits, HeadRef};
 use super::abi::{Pair, Status};
 
 type Reply<T = ()> = Result<T, Status>;
 
-/// Bytes of a header block that a guest may build, names and values together.
+/// Bytes of a header block that a guest may build, names and values together. What it wrote is counted; all of the block, with what it
+/// came with, once that is half as much: as a rule a guest writes little, and counting the block is dear.
 const BLOCK: usize = 64 * 1024;
 
 /// Framing and hop-by-hop headers: the proxy's own. Guests read them, and may remove `content-length`.
 const FRAMING: [HeaderName; 5] =
     [header::CONTENT_LENGTH, header::TRANSFER_ENCODING, header::CONNECTION, header::UPGRADE, header::TE];
+
+fn is_framing(name: &HeaderName) -> bool {
+    // Most names are told apart by their lengths.
+    matches!(name.as_str().len(), 2 | 7 | 10 | 14 | 17) && FRAMING.contains(name)
+}
 
 /// A message head with its pseudo headers.
 pub(super) trait Head {
@@ -25,6 +31,8 @@ pub(super) trait Head {
     fn set_pseudo(&mut self, name: &str, value: &[u8]) -> Reply;
     fn fields(&self) -> &HeaderMap;
     fn fields_mut(&mut self) -> &mut HeaderMap;
+    /// How many pairs there are, without making them.
+    fn count(&self) -> usize;
     /// A field that a pseudo header stands for.
     fn hidden(&self, _name: &HeaderName) -> bool {
         false
@@ -102,6 +110,12 @@ impl Head for request::Parts {
         &mut self.headers
     }
 
+    fn count(&self) -> usize {
+        let hosts = self.headers.get_all(header::HOST).iter().count();
+        let authority = self.uri.authority().is_some() || hosts > 0;
+        Self::PSEUDO.len() - usize::from(!authority) + self.headers.len() - hosts
+    }
+
     fn hidden(&self, name: &HeaderName) -> bool {
         *name == header::HOST
     }
@@ -130,6 +144,10 @@ impl Head for response::Parts {
     fn fields_mut(&mut self) -> &mut HeaderMap {
         &mut self.headers
     }
+
+    fn count(&self) -> usize {
+        Self::PSEUDO.len() + self.headers.len()
+    }
 }
 
 /// Trailers, and other maps without pseudo headers.
@@ -151,6 +169,10 @@ impl Head for HeaderMap {
     fn fields_mut(&mut self) -> &mut HeaderMap {
         self
     }
+
+    fn count(&self) -> usize {
+        self.len()
+    }
 }
 
 /// Every pair, pseudo headers first.
@@ -160,18 +182,12 @@ pub(super) fn pairs<H: Head>(head: &H) -> impl Iterator<Item = Pair<'_>> {
     pseudo.chain(fields.map(|(name, value)| (name.as_str().as_bytes(), value.as_bytes())))
 }
 
-/// How many pairs there are, without making them.
-pub(super) fn count<H: Head>(head: &H) -> usize {
-    let hidden = H::PSEUDO.contains(&":authority").then(|| head.fields().get_all(header::HOST).iter().count());
-    H::PSEUDO.iter().filter(|name| head.pseudo(name).is_some()).count() + head.fields().len() - hidden.unwrap_or(0)
-}
-
 /// How many pairs a head has.
 pub(super) fn count_of(head: HeadRef<'_>) -> usize {
     match head {
-        HeadRef::Request(head) => count(head),
-        HeadRef::Response(head) => count(head),
-        HeadRef::Trailers(head) => count(head),
+        HeadRef::Request(head) => head.count(),
+        HeadRef::Response(head) => head.count(),
+        HeadRef::Trailers(head) => Head::count(head),
     }
 }
 
@@ -180,6 +196,15 @@ pub(super) fn size<H: Head>(head: &H) -> usize {
     let pseudo = H::PSEUDO.iter().filter_map(|name| Some(name.len() + head.pseudo(name)?.len()));
     let fields = head.fields().iter().filter(|(name, _)| !head.hidden(name));
     pseudo.chain(fields.map(|(name, value)| name.as_str().len() + value.len())).sum()
+}
+
+/// Whether so many bytes more are within the block's limit.
+fn admit<H: Head>(head: &H, edits: &mut Edits, more: usize) -> Reply {
+    if edits.written + more > BLOCK / 2 && size(head) + more > BLOCK {
+        return Err(Status::BadArgument);
+    }
+    edits.written += more;
+    Ok(())
 }
 
 /// Index of a pseudo header, with `host` as another name of `:authority`.
@@ -229,51 +254,50 @@ pub(super) fn get<'a, H: Head>(head: &'a H, key: &[u8]) -> Option<&'a [u8]> {
 }
 
 /// Appends a value; a pseudo header is replaced.
-pub(super) fn add<H: Head>(head: &mut H, lacking: &mut Lacking, key: &[u8], value: &[u8]) -> Reply {
+pub(super) fn add<H: Head>(head: &mut H, edits: &mut Edits, key: &[u8], value: &[u8]) -> Reply {
     if let Some(index) = pseudo_index::<H>(key) {
-        return replace_pseudo(head, lacking, index, value);
+        return replace_pseudo(head, edits, index, value);
     }
     let (name, value) = (name_of(key)?, value_of(value)?);
-    if FRAMING.contains(&name) || size(head) + name.as_str().len() + value.len() > BLOCK {
+    if is_framing(&name) {
         return Err(Status::BadArgument);
     }
+    admit(head, edits, name.as_str().len() + value.len())?;
     head.fields_mut().try_append(name, value).map(drop).map_err(|_| Status::BadArgument)
 }
 
 /// Replaces every value of a key, or adds it.
-pub(super) fn replace<H: Head>(head: &mut H, lacking: &mut Lacking, key: &[u8], value: &[u8]) -> Reply {
+pub(super) fn replace<H: Head>(head: &mut H, edits: &mut Edits, key: &[u8], value: &[u8]) -> Reply {
     if let Some(index) = pseudo_index::<H>(key) {
-        return replace_pseudo(head, lacking, index, value);
+        return replace_pseudo(head, edits, index, value);
     }
     let (name, value) = (name_of(key)?, value_of(value)?);
     let same = head.fields().get(&name) == Some(&value);
-    if FRAMING.contains(&name) {
+    if is_framing(&name) {
         return if same { Ok(()) } else { Err(Status::BadArgument) };
     }
-    if size(head) + name.as_str().len() + value.len() > BLOCK {
-        return Err(Status::BadArgument);
-    }
+    admit(head, edits, name.as_str().len() + value.len())?;
     head.fields_mut().try_insert(name, value).map(drop).map_err(|_| Status::BadArgument)
 }
 
-fn replace_pseudo<H: Head>(head: &mut H, lacking: &mut Lacking, index: usize, value: &[u8]) -> Reply {
+fn replace_pseudo<H: Head>(head: &mut H, edits: &mut Edits, index: usize, value: &[u8]) -> Reply {
     let name = H::PSEUDO.get(index).ok_or(Status::BadArgument)?;
     if value.len() > BLOCK {
         return Err(Status::BadArgument);
     }
     head.set_pseudo(name, value)?;
-    lacking.set(index, false);
+    edits.lacks(index, false);
     Ok(())
 }
 
 /// Removes every value of a key.
-pub(super) fn remove<H: Head>(head: &mut H, lacking: &mut Lacking, key: &[u8]) -> Reply {
+pub(super) fn remove<H: Head>(head: &mut H, edits: &mut Edits, key: &[u8]) -> Reply {
     if let Some(index) = pseudo_index::<H>(key) {
-        lacking.set(index, true);
+        edits.lacks(index, true);
         return Ok(());
     }
     let name = name_of(key)?;
-    if !FRAMING.contains(&name) || name == header::CONTENT_LENGTH {
+    if !is_framing(&name) || name == header::CONTENT_LENGTH {
         head.fields_mut().remove(name);
     }
     Ok(())
@@ -281,7 +305,7 @@ pub(super) fn remove<H: Head>(head: &mut H, lacking: &mut Lacking, key: &[u8]) -
 
 /// Replaces everything but framing headers, which stay as they are (`content-length` only if it is among the pairs). On an
 /// error nothing is changed.
-pub(super) fn replace_all<H: Head>(head: &mut H, lacking: &mut Lacking, pairs: &[Pair<'_>]) -> Reply {
+pub(super) fn replace_all<H: Head>(head: &mut H, edits: &mut Edits, pairs: &[Pair<'_>]) -> Reply {
     if pairs.iter().map(|(name, value)| name.len() + value.len()).sum::<usize>() > BLOCK {
         return Err(Status::BadArgument);
     }
@@ -295,7 +319,7 @@ pub(super) fn replace_all<H: Head>(head: &mut H, lacking: &mut Lacking, pairs: &
         }
         let name = name_of(key)?;
         length |= name == header::CONTENT_LENGTH;
-        if !FRAMING.contains(&name) {
+        if !is_framing(&name) {
             fields.try_append(name, value_of(value)?).map_err(|_| Status::BadArgument)?;
         }
     }
@@ -324,7 +348,7 @@ pub(super) fn replace_all<H: Head>(head: &mut H, lacking: &mut Lacking, pairs: &
     for index in 0..H::PSEUDO.len() {
         // A scheme is not the guest's to give.
         let given = pseudo.iter().any(|(at, _)| *at == index) || H::PSEUDO.get(index) == Some(&":scheme");
-        lacking.set(index, !given);
+        edits.lacks(index, !given);
     }
     Ok(())
 }
@@ -345,27 +369,27 @@ mod tests {
 
     #[test]
     fn values_are_read_replaced_and_removed() {
-        let (mut head, mut lacking) = (request(), Lacking::default());
+        let (mut head, mut edits) = (request(), Edits::default());
         assert_eq!(get(&head, b"X-Dup"), Some(&b"1"[..]));
-        assert_eq!(count(&head), pairs(&head).count());
-        add(&mut head, &mut lacking, b"X-DUP", b"3").unwrap();
+        assert_eq!(head.count(), pairs(&head).count());
+        add(&mut head, &mut edits, b"X-DUP", b"3").unwrap();
         assert_eq!(head.headers.get_all("x-dup").iter().count(), 3);
-        replace(&mut head, &mut lacking, b"x-dup", b"4").unwrap();
+        replace(&mut head, &mut edits, b"x-dup", b"4").unwrap();
         assert_eq!(head.headers.get_all("x-dup").iter().collect::<Vec<_>>(), ["4"]);
-        remove(&mut head, &mut lacking, b"x-dup").unwrap();
-        remove(&mut head, &mut lacking, b"x-dup").unwrap();
+        remove(&mut head, &mut edits, b"x-dup").unwrap();
+        remove(&mut head, &mut edits, b"x-dup").unwrap();
         assert_eq!(get(&head, b"x-dup"), None);
     }
 
     #[test]
     fn pseudo_headers_are_parts_of_the_message() {
-        let (mut head, mut lacking) = (request(), Lacking::default());
+        let (mut head, mut edits) = (request(), Edits::default());
         assert_eq!(get(&head, b"host"), Some(&b"reviews"[..]));
-        replace(&mut head, &mut lacking, b":path", b"/rewritten?a=b").unwrap();
+        replace(&mut head, &mut edits, b":path", b"/rewritten?a=b").unwrap();
         assert_eq!(head.uri, "/rewritten?a=b");
-        replace(&mut head, &mut lacking, b"host", b"ratings:80").unwrap();
+        replace(&mut head, &mut edits, b"host", b"ratings:80").unwrap();
         assert_eq!(head.headers["host"], "ratings:80");
-        replace(&mut head, &mut lacking, b":method", b"PUT").unwrap();
+        replace(&mut head, &mut edits, b":method", b"PUT").unwrap();
         assert_eq!(head.method, Method::PUT);
         for (key, value) in [
             (":path", "x"),
@@ -375,7 +399,7 @@ mod tests {
             (":scheme", "ftp"),
             (":nope", "x"),
         ] {
-            let result = replace(&mut head, &mut lacking, key.as_bytes(), value.as_bytes());
+            let result = replace(&mut head, &mut edits, key.as_bytes(), value.as_bytes());
             assert_eq!(result, Err(Status::BadArgument), "{key} {value}");
         }
         assert_eq!(head.uri, "/rewritten?a=b");
@@ -396,7 +420,7 @@ mod tests {
 
     #[test]
     fn nothing_breaks_the_message() {
-        let (mut head, mut lacking) = (request(), Lacking::default());
+        let (mut head, mut edits) = (request(), Edits::default());
         for (key, value) in [
             (&b"x"[..], &b"a\r\nb: c"[..]),
             (b"x y", b"z"),
@@ -405,31 +429,49 @@ mod tests {
             (b"content-length", b"9"),
             (b"x", &[b'a'; 70_000]),
         ] {
-            assert_eq!(add(&mut head, &mut lacking, key, value), Err(Status::BadArgument));
-            assert_eq!(replace(&mut head, &mut lacking, key, value), Err(Status::BadArgument));
+            assert_eq!(add(&mut head, &mut edits, key, value), Err(Status::BadArgument));
+            assert_eq!(replace(&mut head, &mut edits, key, value), Err(Status::BadArgument));
             assert_eq!(
-                replace_all(&mut head, &mut lacking, &[(key, value)]).is_err(),
+                replace_all(&mut head, &mut edits, &[(key, value)]).is_err(),
                 !key.starts_with(b"t") && !key.starts_with(b"c")
             );
         }
     }
 
     #[test]
+    fn a_block_is_bounded_however_it_is_built() {
+        for write in [add, replace] {
+            let (mut head, mut edits) = (request(), Edits::default());
+            let value = [b'v'; 1000];
+            let written =
+                (0..100).take_while(|i| write(&mut head, &mut edits, format!("x-{i:02}").as_bytes(), &value).is_ok());
+            assert_eq!(written.count(), 65);
+            assert!(size(&head) <= BLOCK);
+            replace(&mut head, &mut edits, b"x-00", b"").unwrap();
+        }
+        // Also where most of it came with the message.
+        let (mut head, mut edits) = (request(), Edits::default());
+        head.headers.insert("x-large", HeaderValue::from_bytes(&[b'v'; BLOCK]).unwrap());
+        assert_eq!(add(&mut head, &mut edits, b"x-more", &[b'v'; BLOCK / 2]), Err(Status::BadArgument));
+        add(&mut head, &mut edits, b"x-few", b"bytes").unwrap();
+    }
+
+    #[test]
     fn all_pairs_are_replaced_at_once() {
-        let (mut head, mut lacking) = (request(), Lacking::default());
+        let (mut head, mut edits) = (request(), Edits::default());
         replace_all(
             &mut head,
-            &mut lacking,
+            &mut edits,
             &[(b":method", b"PUT"), (b":path", b"/"), (b"host", b"h"), (b"A", b"1"), (b"a", b"2")],
         )
         .unwrap();
-        assert_eq!(lacking.first(request::Parts::PSEUDO), None);
+        assert_eq!(edits.lacking(request::Parts::PSEUDO), None);
         assert_eq!(head.headers.get_all("a").iter().collect::<Vec<_>>(), ["1", "2"]);
         assert!(!head.headers.contains_key("content-length"));
         let before = head.headers.clone();
-        assert!(replace_all(&mut head, &mut lacking, &[(b":method", b"GET"), (b":path", b"nope")]).is_err());
+        assert!(replace_all(&mut head, &mut edits, &[(b":method", b"GET"), (b":path", b"nope")]).is_err());
         assert_eq!((head.headers.clone(), head.method.clone()), (before, Method::PUT));
-        replace_all(&mut head, &mut lacking, &[]).unwrap();
-        assert_eq!(lacking.first(request::Parts::PSEUDO), Some(":method"));
+        replace_all(&mut head, &mut edits, &[]).unwrap();
+        assert_eq!(edits.lacking(request::Parts::PSEUDO), Some(":method"));
     }
 }

@@ -1,6 +1,7 @@
 //! One instance of a module on one worker (a "VM"): start-up, its plugins (root contexts), callbacks within limits, and its end.
 
 use std::cell::{Cell, RefCell};
+use std::collections::hash_map::Entry;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::rc::{Rc, Weak};
 use std::sync::Arc;
@@ -141,9 +142,10 @@ impl Instance {
             });
             let host = store.data_mut();
             host.end();
-            result.map(|result| (result, std::mem::take(&mut host.calls.orders)))
+            let orders = &mut host.calls.orders;
+            result.map(|result| (result, (!orders.is_empty()).then(|| std::mem::take(orders))))
         })?;
-        if !orders.is_empty()
+        if let Some(orders) = orders
             && let Some(me) = self.me.upgrade()
         {
             self.tasks.borrow_mut().dispatch(&me, orders);
@@ -160,22 +162,15 @@ impl Instance {
     /// Adds a plugin: a root context, created, started and configured. Its index.
     pub(super) fn add_root(&self, spec: &Arc<Spec>, counters: Arc<Counters>) -> Result<usize, Failure> {
         let (id, root) = self.with(|inner| {
-            let id = take_id(inner);
-            let host = inner.store.data_mut();
+            let roots = &mut inner.store.data_mut().roots;
+            let index = roots.iter().position(|root| root.id == 0).unwrap_or(roots.len());
+            let id = take_id(inner, Context { root: index, stream: None });
             let root = Root { id, spec: Arc::clone(spec), counters, end: End::No, plugin: std::sync::Weak::new() };
-            let index = match host.roots.iter().position(|root| root.id == 0) {
-                Some(free) => {
-                    if let Some(place) = host.roots.get_mut(free) {
-                        *place = root;
-                    }
-                    free
-                }
-                None => {
-                    host.roots.push(root);
-                    host.roots.len() - 1
-                }
-            };
-            host.contexts.insert(id, Context { root: index, stream: None });
+            let roots = &mut inner.store.data_mut().roots;
+            match roots.get_mut(index) {
+                Some(free) => *free = root,
+                None => roots.push(root),
+            }
             Ok((id, index))
         })?;
         let size = |bytes: &[u8]| u32::try_from(bytes.len()).unwrap_or(u32::MAX);
@@ -253,10 +248,9 @@ impl Instance {
     /// Makes a stream context; its id.
     pub(super) fn create(&self, root: usize, view: &View) -> Result<u32, Failure> {
         let (context, parent) = self.with(|inner| {
-            let context = take_id(inner);
-            let host = inner.store.data_mut();
-            host.contexts.insert(context, Context { root, stream: Some((Rc::downgrade(&view.stream), view.index)) });
-            let root = host.roots.get(root);
+            let stream = Some((Rc::downgrade(&view.stream), view.index));
+            let context = take_id(inner, Context { root, stream });
+            let root = inner.store.data().roots.get(root);
             if let Some(root) = root {
                 Counters::bump(&root.counters.requests, 1);
             }
@@ -321,12 +315,13 @@ impl Instance {
     }
 }
 
-/// Unique in the instance, never 0; wraps after four billion contexts of one instance.
-fn take_id(inner: &mut Inner) -> u32 {
+/// Adds a context. Its id is unique in the instance, never 0; ids wrap after four billion contexts of one instance.
+fn take_id(inner: &mut Inner, context: Context) -> u32 {
     loop {
         let id = inner.next;
         inner.next = inner.next.checked_add(1).unwrap_or(1);
-        if !inner.store.data().contexts.contains_key(&id) {
+        if let Entry::Vacant(place) = inner.store.data_mut().contexts.entry(id) {
+            place.insert(context);
             return id;
         }
     }

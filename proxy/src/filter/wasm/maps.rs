@@ -121,14 +121,14 @@ fn value(caller: Guest<'_, '_>, map: u32, kp: u32, kn: u32, ptr: u32, len: u32) 
 
 /// The head that a map number means now, for writing: what a root context is told is read-only.
 macro_rules! writing {
-    ($host:expr, $map:expr, ($head:ident, $lacking:ident) => $use:expr) => {
+    ($host:expr, $map:expr, ($head:ident, $edits:ident) => $use:expr) => {
         place($map)
             .zip($host.view())
             .and_then(|((flow, which), view)| {
                 view.write(flow, which, |head| match head {
-                    HeadMut::Request($head, $lacking) => $use,
-                    HeadMut::Response($head, $lacking) => $use,
-                    HeadMut::Trailers($head, $lacking) => $use,
+                    HeadMut::Request($head, $edits) => $use,
+                    HeadMut::Response($head, $edits) => $use,
+                    HeadMut::Trailers($head, $edits) => $use,
                 })
             })
             .unwrap_or(Err(Status::BadArgument))
@@ -138,27 +138,27 @@ macro_rules! writing {
 fn set_pairs(caller: Guest<'_, '_>, map: u32, ptr: u32, len: u32) -> Call {
     let (memory, host) = split(caller)?;
     let pairs = deserialize_pairs(slice(memory, ptr, len)?).ok_or(Status::BadArgument)?;
-    writing!(host, map, (head, lacking) => headers::replace_all(head, lacking, &pairs))?;
+    writing!(host, map, (head, edits) => headers::replace_all(head, edits, &pairs))?;
     Ok(())
 }
 
 fn add(caller: Guest<'_, '_>, map: u32, kp: u32, kn: u32, vp: u32, vn: u32) -> Call {
     let (memory, host) = split(caller)?;
     let (key, value) = (slice(memory, kp, kn)?, slice(memory, vp, vn)?);
-    writing!(host, map, (head, lacking) => headers::add(head, lacking, key, value))?;
+    writing!(host, map, (head, edits) => headers::add(head, edits, key, value))?;
     Ok(())
 }
 
 fn replace(caller: Guest<'_, '_>, map: u32, kp: u32, kn: u32, vp: u32, vn: u32) -> Call {
     let (memory, host) = split(caller)?;
     let (key, value) = (slice(memory, kp, kn)?, slice(memory, vp, vn)?);
-    writing!(host, map, (head, lacking) => headers::replace(head, lacking, key, value))?;
+    writing!(host, map, (head, edits) => headers::replace(head, edits, key, value))?;
     Ok(())
 }
 
 fn remove(caller: Guest<'_, '_>, map: u32, kp: u32, kn: u32) -> Call {
     let (memory, host) = split(caller)?;
     let key = slice(memory, kp, kn)?;
-    writing!(host, map, (head, lacking) => headers::remove(head, lacking, key))?;
+    writing!(host, map, (head, edits) => headers::remove(head, edits, key))?;
     Ok(())
 }

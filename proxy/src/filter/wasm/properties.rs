@@ -48,7 +48,7 @@ fn of_stream(facts: &Facts<'_>, phase: Phase, path: &[u8], name: (&str, Option<&
             None,
         ) => Err(Status::SerializationFailure),
         ("request", Some("duration")) if phase == Phase::Log => nanoseconds(out, info.start.elapsed().as_nanos()),
-        ("request", Some(name)) => request(facts.request.ok_or(Status::NotFound)?, info, name, out),
+        ("request", Some(name)) => request(facts.request().ok_or(Status::NotFound)?, info, name, out),
         ("response", Some(name)) => response(facts, name, out),
         ("source", Some(name)) => address(info.connection.source(), name, out),
         ("destination", Some(name)) => address(info.connection.destination(), name, out),
@@ -128,7 +128,7 @@ fn response(facts: &Facts<'_>, name: &str, out: Out<'_>) -> Done {
     if name == "flags" || name == "size" {
         return number(out, 0);
     }
-    let head = facts.response.ok_or(Status::NotFound)?;
+    let head = facts.response().ok_or(Status::NotFound)?;
     match name {
         "code" => number(out, u64::from(head.status.as_u16())),
         "grpc_status" => {

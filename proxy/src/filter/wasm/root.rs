@@ -108,7 +108,7 @@ impl Instance {
 
     /// `on_http_call_response`.
     pub(super) fn http_answer(&self, root: u32, call: u32, delivery: Delivery) -> Result<(), Failure> {
-        let count = delivery.head.as_ref().map_or(0, |head| word(headers::count(head)));
+        let count = delivery.head.as_ref().map_or(0, |head| word(headers::Head::count(head)));
         let size = delivery.body.as_ref().map_or(0, |(_, body)| word(body.len()));
         let trailers = delivery.fields.as_ref().map_or(0, |(_, fields)| word(fields.len()));
         self.root_call(root, delivery, |store, callbacks| match &callbacks.root.http_answer {
