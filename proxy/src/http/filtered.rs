@@ -13,10 +13,10 @@ use http_body::Body as _;
 use outrigger_core::reason::Reason;
 
 pub(super) use self::body::{FilteredRequest, FilteredResponse};
-use self::body::{Inlet, Outlet};
+use self::body::{Inlet, Lost, Outlet};
 use super::attempt::Attempt;
 use super::body::{BodyError, ClientBody, ResponseBody, Tail};
-use super::exchange::{Answer, Exchange, ExchangeTail, Failure, Incomer, Running};
+use super::exchange::{Answer, BROKEN_OFF, Exchange, ExchangeTail, Failure, Incomer, Running};
 use super::respond;
 use super::response::Hops;
 use crate::filter::{Chain, Flow, Stop};
@@ -152,7 +152,7 @@ impl Exchange {
         chain: &Chain,
         upstream: Option<(Response<Received>, Box<Attempt>)>,
     ) -> (Outlet, Option<Box<Attempt>>) {
-        let mut outlet = Outlet { chain: chain.clone(), inlet: None, whole: None, deadline: None };
+        let mut outlet = Outlet { chain: chain.clone(), inlet: None, whole: None, ended: None, deadline: None };
         let upstream_address = self.upstream;
         chain.info(|info| info.upstream = upstream_address);
         let Some((response, attempt)) = upstream else { return (outlet, None) };
@@ -161,9 +161,7 @@ impl Exchange {
         // As a rule all of a short response has come with its head.
         outlet.whole = if end || !chain.in_body(Flow::Response) { None } else { body.take_whole() };
         let attempt = if outlet.whole.is_some() {
-            let now = Instant::now();
-            self.end = Some(now);
-            attempt.succeeded(None, now);
+            attempt.succeeded(None, Instant::now());
             None
         } else {
             outlet.inlet = Some(Inlet::new(Flow::Response, body, head.version));
@@ -171,6 +169,52 @@ impl Exchange {
         };
         chain.response_headers(head, end);
         (outlet, attempt)
+    }
+
+    /// The response's head, as the filters let it go, or one of the mesh's own in its place; and whether nothing follows it. What has become of
+    /// the attempt by then is told.
+    async fn let_go(
+        &mut self,
+        outlet: &mut Outlet,
+        attempt: &mut Option<Box<Attempt>>,
+        mut local: bool,
+        deadline: Option<Instant>,
+    ) -> Result<(response::Parts, bool), BodyError> {
+        let chain = outlet.chain.clone();
+        let (mut head, end) = loop {
+            let head = outlet.head(deadline).await;
+            if let Some(trailers) = outlet.ended.take() {
+                outlet.inlet = None;
+                if let Some(attempt) = attempt.take() {
+                    attempt.succeeded(trailers.as_ref(), Instant::now());
+                }
+            }
+            let lost = match head {
+                Ok(head) => break head,
+                Err(lost) => lost,
+            };
+            outlet.inlet = None;
+            outlet.whole = None;
+            local = true;
+            match (attempt.take(), &lost) {
+                (Some(attempt), Lost::Broken) => attempt.failed(),
+                // The endpoint's response is not wanted any more; that says nothing of the endpoint.
+                (Some(attempt), _) => attempt.cancelled(),
+                (None, _) => {}
+            }
+            match lost {
+                Lost::Stopped(stop) => self.stopped(&chain, stop)?,
+                Lost::Late => self.made(&chain, Reason::RequestTimeout.into()),
+                Lost::Broken => self.made(&chain, Failure::new(Reason::UpstreamReset, BROKEN_OFF)),
+            }
+        };
+        if local
+            && !head.headers.contains_key(&respond::REASON)
+            && let Some(reason) = self.reason
+        {
+            head.headers.insert(respond::REASON, HeaderValue::from_static(reason));
+        }
+        Ok((head, end))
     }
 
     /// A response through the filters: of an endpoint, or one that is in the chain already.
@@ -184,32 +228,9 @@ impl Exchange {
         let upgraded =
             upstream.as_ref().is_some_and(|(response, _)| response.status() == StatusCode::SWITCHING_PROTOCOLS);
         let deadline = upstream.as_ref().map_or(self.deadline, |(_, attempt)| attempt.deadline);
-        let mut local = upstream.is_none();
+        let local = upstream.is_none();
         let (mut outlet, mut attempt) = self.enter(&chain, upstream);
-        let (mut head, end) = loop {
-            match outlet.head(deadline).await {
-                Ok(head) => break head,
-                Err(stop) => {
-                    // The endpoint's response is not wanted any more; that says nothing of the endpoint.
-                    outlet.inlet = None;
-                    outlet.whole = None;
-                    local = true;
-                    if let Some(attempt) = attempt.take() {
-                        attempt.cancelled();
-                    }
-                    match stop {
-                        Some(stop) => self.stopped(&chain, stop)?,
-                        None => self.made(&chain, Reason::RequestTimeout.into()),
-                    }
-                }
-            }
-        };
-        if local
-            && !head.headers.contains_key(&respond::REASON)
-            && let Some(reason) = self.reason
-        {
-            head.headers.insert(respond::REASON, HeaderValue::from_static(reason));
-        }
+        let (mut head, end) = self.let_go(&mut outlet, &mut attempt, local, deadline).await?;
         self.status = Some(head.status);
         let bodiless = self.method == Method::HEAD || head.status == StatusCode::NOT_MODIFIED;
         let response = |head, hops: &Hops| {
@@ -228,7 +249,9 @@ impl Exchange {
             let head = chain.done_with(head).ok_or("the response's head is gone")?;
             return Ok(response(head, hops).map(|()| ResponseBody::full(Bytes::new()).holding(running)));
         }
-        outlet.pour();
+        if outlet.whole.is_some() {
+            head = chain.lend(head, || outlet.pour()).ok_or("the response's head is gone")?;
+        }
         if outlet.inlet.is_none() {
             frame_headers(&mut head.headers, &chain, Flow::Response);
             if let Some(bytes) = chain.take_whole(Flow::Response) {

@@ -184,6 +184,16 @@ impl FilteredRequest {
     }
 }
 
+/// Why a response's head does not come out of a chain.
+pub(super) enum Lost {
+    /// A filter saw to that
+    Stopped(Stop),
+    /// The time is over
+    Late,
+    /// The endpoint broke the body off that a filter waited for
+    Broken,
+}
+
 /// The response's way out of a chain.
 #[derive(Debug)]
 pub(super) struct Outlet {
@@ -191,12 +201,14 @@ pub(super) struct Outlet {
     pub(super) inlet: Option<Inlet<Received>>,
     /// A body that has come as a whole, in place of an inlet
     pub(super) whole: Option<Bytes>,
+    /// All of the body went in before the head came out; with these trailers
+    pub(super) ended: Option<Option<HeaderMap>>,
     pub(super) deadline: Option<Pin<Box<Sleep>>>,
 }
 
 impl Outlet {
-    /// The response's head, when the filters have let it go. An error is why not; `None`: the time is over.
-    pub(super) async fn head(&mut self, deadline: Option<Instant>) -> Result<(response::Parts, bool), Option<Stop>> {
+    /// The response's head, when the filters have let it go; and whether nothing follows it.
+    pub(super) async fn head(&mut self, deadline: Option<Instant>) -> Result<(response::Parts, bool), Lost> {
         // As a rule nothing waits, and no timer is needed.
         if let Some(head) = self.ready()? {
             return Ok(head);
@@ -214,13 +226,14 @@ impl Outlet {
                 let inflow = self.inlet.as_mut().map_or(Poll::Pending, |inlet| inlet.poll(&self.chain, cx));
                 match inflow {
                     Poll::Pending => return Poll::Pending,
-                    Poll::Ready(Ok(_)) => {}
-                    Poll::Ready(Err(_)) => return Poll::Ready(Err(Some(Stop::Reset))),
+                    Poll::Ready(Ok(Inflow::Moved)) => {}
+                    Poll::Ready(Ok(Inflow::Ended(trailers))) => self.ended = Some(trailers),
+                    Poll::Ready(Err(_)) => return Poll::Ready(Err(Lost::Broken)),
                 }
             }
         });
         match deadline {
-            Some(deadline) => tokio::time::timeout_at(deadline.into(), waiting).await.unwrap_or(Err(None)),
+            Some(deadline) => tokio::time::timeout_at(deadline.into(), waiting).await.unwrap_or(Err(Lost::Late)),
             None => waiting.await,
         }
     }
@@ -232,9 +245,9 @@ impl Outlet {
         self.chain.data(Flow::Response, Bytes::new(), true);
     }
 
-    fn ready(&self) -> Result<Option<(response::Parts, bool)>, Option<Stop>> {
+    fn ready(&self) -> Result<Option<(response::Parts, bool)>, Lost> {
         match self.chain.stop() {
-            Some(stop) => Err(Some(stop)),
+            Some(stop) => Err(Lost::Stopped(stop)),
             None => Ok(self.chain.release_response()),
         }
     }

@@ -1,6 +1,12 @@
 //! What filters change is judged again: by routes, by authorization, by discovery.
 
+use std::cell::Cell;
+use std::rc::Rc;
+
+use tokio::io::AsyncWriteExt;
+
 use super::*;
+use crate::metrics::Metric;
 
 /// Two services behind one application that says what it was asked for.
 async fn two_services(filter: (&str, &str)) -> (TestProxy, std::net::SocketAddr) {
@@ -208,5 +214,115 @@ fn c49_a_request_that_a_filter_holds_for_ever_ends_with_its_client() {
             }
         };
         within(line).await;
+    });
+}
+
+/// The service `reviews` at `app` behind one filter, which has timers.
+async fn behind(app: std::net::SocketAddr, module: &str) -> (TestProxy, std::net::SocketAddr) {
+    let mut client = TestProxy::new("web");
+    crate::filter::connect(Some(Rc::new(crate::http::Callouts::new(&client.worker))));
+    client.filter("guest", module).await;
+    let mut reviews = service("reviews", retries());
+    reviews.ports[0].filters = vec!["filter/demo/guest".into()];
+    client.service(&reviews);
+    client.endpoints("demo/reviews:80", vec![endpoint("one", app, None)]);
+    let outbound = client.serve_outbound(Some(Version::Http1), None).await;
+    (client, outbound)
+}
+
+/// Appends, in every body callback, the status of asking for the response's code: 0 if it is there.
+const ASKING: &str = r#"(module
+    (import "env" "proxy_get_property" (func $get (param i32 i32 i32 i32) (result i32)))
+    (import "env" "proxy_set_buffer_bytes" (func $set (param i32 i32 i32 i32 i32) (result i32)))
+    (memory (export "memory") 1)
+    (data (i32.const 1024) "response\00code")
+    (func (export "proxy_abi_version_0_2_1"))
+    (func (export "malloc") (param i32) (result i32) (i32.const 4096))
+    (func (export "proxy_on_response_body") (param i32 i32 i32) (result i32)
+        (i32.store8 (i32.const 2048)
+            (i32.add (i32.const 48) (call $get (i32.const 1024) (i32.const 13) (i32.const 512) (i32.const 516))))
+        (drop (call $set (i32.const 1) (i32.const -1) (i32.const 0) (i32.const 2048) (i32.const 1)))
+        (i32.const 0)))"#;
+
+#[test]
+fn c81_the_response_is_known_while_its_body_passes() {
+    run(async {
+        for answer in [ok("pong"), "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n4\r\npong\r\n0\r\n\r\n".into()]
+        {
+            let app = app(move |_| answer.clone()).await;
+            let (_client, outbound) = behind(app, ASKING).await;
+            let response = get(outbound, "reviews", "/").await;
+            assert!(response.ends_with("pong00"), "{response}");
+        }
+    });
+}
+
+/// Holds a response from its headers on until the second tick after them.
+const WAITING: &str = r#"(module
+    (import "env" "proxy_set_tick_period_milliseconds" (func $tick (param i32) (result i32)))
+    (import "env" "proxy_set_effective_context" (func $select (param i32) (result i32)))
+    (import "env" "proxy_continue_stream" (func $resume (param i32) (result i32)))
+    (memory (export "memory") 1)
+    (global $context (mut i32) (i32.const 0))
+    (global $left (mut i32) (i32.const 0))
+    (func (export "proxy_abi_version_0_2_1"))
+    (func (export "malloc") (param i32) (result i32) (i32.const 4096))
+    (func (export "proxy_on_vm_start") (param i32 i32) (result i32) (drop (call $tick (i32.const 50))) (i32.const 1))
+    (func (export "proxy_on_response_headers") (param i32 i32 i32) (result i32)
+        (global.set $context (local.get 0))
+        (global.set $left (i32.const 2))
+        (i32.const 1))
+    (func (export "proxy_on_response_body") (param i32 i32 i32) (result i32) (i32.const 0))
+    (func (export "proxy_on_tick") (param i32)
+        (global.set $left (i32.sub (global.get $left) (i32.const 1)))
+        (if (i32.eqz (global.get $left)) (then
+            (drop (call $select (global.get $context)))
+            (drop (call $resume (i32.const 1)))))))"#;
+
+#[test]
+fn a_response_that_a_filter_holds_is_the_endpoints_success_and_takes_as_long_as_it_is_held() {
+    run(async {
+        for answer in [ok("pong"), "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n4\r\npong\r\n0\r\n\r\n".into()]
+        {
+            let connections = Rc::new(Cell::new(0));
+            let (listener, app) = listen().await;
+            let count = connections.clone();
+            tokio::task::spawn_local(async move {
+                while let Ok((mut stream, _)) = listener.accept().await {
+                    count.set(count.get() + 1);
+                    let answer = answer.clone();
+                    tokio::task::spawn_local(async move {
+                        while read_message(&mut stream).await.is_some() {
+                            stream.write_all(answer.as_bytes()).await.unwrap();
+                        }
+                    });
+                }
+            });
+            let (client, outbound) = behind(app, WAITING).await;
+            for _ in 0..2 {
+                let response = get(outbound, "reviews", "/").await;
+                assert!(response.ends_with("\r\n\r\npong"), "{response}");
+                assert!(client.logged("outbound")["duration_ms"].as_f64().unwrap() >= 50.0);
+            }
+            assert_eq!(client.total(Metric::Attempts, &["demo/reviews", "success"]), 2);
+            assert_eq!(connections.get(), 1, "what has been read to its end is used again");
+        }
+    });
+}
+
+#[test]
+fn a_response_that_breaks_off_while_a_filter_holds_it_is_the_endpoints_failure() {
+    run(async {
+        let (listener, app) = listen().await;
+        tokio::task::spawn_local(async move {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            read_message(&mut stream).await.unwrap();
+            stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 10\r\n\r\nhalf").await.unwrap();
+        });
+        let (client, outbound) = behind(app, WAITING).await;
+        let response = get(outbound, "reviews", "/").await;
+        assert!(response.starts_with("HTTP/1.1 502 "), "{response}");
+        assert!(response.contains("x-outrigger-reason: upstream-reset\r\n"), "{response}");
+        assert_eq!(client.total(Metric::Attempts, &["demo/reviews", "failure"]), 1);
     });
 }
