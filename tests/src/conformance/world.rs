@@ -161,7 +161,7 @@ impl World {
         settle_lines(&lines, *mark + step.expect.log.len(), step.expect.more_log, target.patience());
         let log = split(case, &target.log()).1.get(*mark..).unwrap_or_default().to_vec();
         *mark += log.len();
-        let metrics = target.metrics(&step.expect.metrics.keys().collect::<Vec<_>>());
+        let metrics = settled_metrics(target, &step.expect.metrics);
         let script = self.script.lock().expect("script");
         let (upstream, called) = (script.upstream.clone(), script.called.clone());
         Seen { response, upstream, called, log, metrics, ..Seen::default() }
@@ -184,6 +184,19 @@ impl World {
             }
             client.join().expect("client")
         })
+    }
+}
+
+/// Metrics as they are expected, or as they are when they should have been long since: Envoy adds up histograms now and then.
+fn settled_metrics(target: &dyn Target, expected: &BTreeMap<String, i64>) -> BTreeMap<String, i64> {
+    let names: Vec<_> = expected.keys().collect();
+    let end = Instant::now() + target.patience();
+    loop {
+        let metrics = target.metrics(&names);
+        if metrics == *expected || Instant::now() >= end {
+            return metrics;
+        }
+        thread::sleep(Duration::from_millis(20));
     }
 }
 
