@@ -2,7 +2,7 @@
 """Checks docs/status.md: every test that its tables name exists, and every point has a test or says "missing".
 
 A test is written as `crate::module::test_name` in backticks: the crate's library name (for a crate under tests/, the
-name of its file), its modules, its function. `cargo test` knows the same names, but only after building everything. What is measured
+name of its file or folder), its modules, its function. `cargo test` knows the same names, but only after building everything. What is measured
 and not asserted is written "benchmark `FILE`" or "figures `FILE`".
 """
 
@@ -30,6 +30,8 @@ def roots():
                 found.setdefault(name[1].replace("-", "_"), []).append(folder / "src" / start)
         for file in folder.glob("tests/*.rs"):
             found.setdefault(file.stem, []).append(file)
+        for file in folder.glob("tests/*/main.rs"):
+            found.setdefault(file.parent.name, []).append(file)
     return found
 
 
