@@ -35,6 +35,8 @@ pub enum Failure {
     },
     /// This proxy's own limits refused it
     Overflow,
+    /// Not the endpoint's doing: the client broke its body off, this proxy has no certificate, or the endpoint's protocol cannot carry it
+    Own,
 }
 
 /// What to do after a failed attempt.
@@ -129,7 +131,7 @@ fn named(policy: &Retries, failure: Failure) -> bool {
         Failure::Connect => policy.connect_failure,
         Failure::Unprocessed => policy.connect_failure || policy.reset,
         Failure::Reset | Failure::PerTryTimeout => policy.reset,
-        Failure::Overflow => false,
+        Failure::Overflow | Failure::Own => false,
         // A proxy that sheds load is not helped by more of it.
         Failure::Response { reason: Some(reason), .. } if overload(reason) || spreads(reason) => false,
         Failure::Response { status, grpc, reason } => {
@@ -145,7 +147,7 @@ fn unprocessed(failure: Failure) -> bool {
     match failure {
         Failure::Connect | Failure::Unprocessed => true,
         Failure::Response { reason, .. } => reason.is_some_and(never_reached),
-        Failure::Reset | Failure::PerTryTimeout | Failure::Overflow => false,
+        Failure::Reset | Failure::PerTryTimeout | Failure::Overflow | Failure::Own => false,
     }
 }
 

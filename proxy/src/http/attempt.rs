@@ -170,13 +170,21 @@ impl Failed {
     fn connect(error: &ConnectError) -> Self {
         let overflow =
             matches!(error.reason, Reason::OverflowPending | Reason::OverflowRequests | Reason::OverflowConnections);
-        let kind = if overflow { retry::Failure::Overflow } else { retry::Failure::Connect };
+        let kind = match error.reason {
+            _ if overflow => retry::Failure::Overflow,
+            Reason::IdentityUnavailable => retry::Failure::Own,
+            _ => retry::Failure::Connect,
+        };
         Self { kind, answer: Failure::new(error.reason, &*error.detail) }
     }
 
     /// `unsent`: nothing of it went out.
     fn sent(unsent: bool, error: &WireError) -> Self {
-        let kind = if unsent || unprocessed(error) { retry::Failure::Unprocessed } else { retry::Failure::Reset };
+        let kind = match error {
+            _ if unsent || unprocessed(error) => retry::Failure::Unprocessed,
+            WireError::Http1(error) if error.is_of_the_request() => retry::Failure::Own,
+            _ => retry::Failure::Reset,
+        };
         let parsed = matches!(error, WireError::Http1(error) if error.is_protocol());
         let reason = if parsed { Reason::UpstreamProtocol } else { Reason::UpstreamReset };
         Self { kind, answer: Failure::new(reason, describe(error)) }
@@ -231,6 +239,10 @@ pub(super) async fn direct(x: &mut Exchange, target: &Target, out: &mut Outgoing
 const STALE: u32 = 2;
 
 async fn send(worker: &Worker, target: &Target, out: &mut Outgoing) -> Result<Responded, Failed> {
+    if target.wire == Wire::Http2 && out.upgrade.is_some() {
+        let answer = Failure::new(Reason::UpgradeRefused, "the endpoint speaks HTTP/2, which has no Upgrade");
+        return Err(Failed { kind: retry::Failure::Own, answer });
+    }
     let mut lease = worker.pools.checkout(target).await.map_err(|error| Failed::connect(&error))?;
     let Some(body) = out.attempt() else {
         return Err(Failed { kind: retry::Failure::Reset, answer: Reason::UpstreamReset.into() });
@@ -264,13 +276,37 @@ async fn send(worker: &Worker, target: &Target, out: &mut Outgoing) -> Result<Re
 pub(super) async fn routed(x: &mut Exchange, call: Rc<Call>, out: &mut Outgoing) -> Result<Answer, Failure> {
     let mut run = Run::new(x, call, out)?;
     loop {
-        let guard = run.pick(x)?;
-        let result = run.once(&guard).await;
+        let mut awaited = Awaited { guard: Some(run.pick(x)?), call: run.call.clone(), worker: run.worker.clone() };
+        let Some(guard) = &awaited.guard else { continue };
+        let result = run.once(guard).await;
+        let Some(guard) = awaited.guard.take() else { continue };
         match run.judge(x, guard, result) {
             Next::Done(answer) => return answer,
             Next::Again(wait) => tokio::time::sleep(wait).await,
         }
     }
+}
+
+/// An attempt that is waited for. Its client may give up first: that took at least as long, and says nothing else of the endpoint.
+struct Awaited {
+    /// Until it is over
+    guard: Option<Guard>,
+    call: Rc<Call>,
+    worker: Rc<Worker>,
+}
+
+impl Drop for Awaited {
+    fn drop(&mut self) {
+        let Some(mut guard) = self.guard.take() else { return };
+        let now = Instant::now();
+        guard.abandoned(now);
+        self.call.record(&self.worker.load, &guard, Outcome::Neutral, now);
+        count(&self.worker, &self.call, "cancelled");
+    }
+}
+
+fn count(worker: &Worker, call: &Call, outcome: &'static str) {
+    worker.metrics.add_known(Metric::Attempts, [Known::Shared(&call.service), Known::Word(outcome)], 1);
 }
 
 /// All attempts of one request.
@@ -353,7 +389,7 @@ impl<'a> Run<'a> {
         let outcome = blame(failure);
         if let Some((wait, permit)) = self.again(failure, now) {
             self.call.record(&self.worker.load, &guard, outcome, now);
-            self.count("retried");
+            count(&self.worker, &self.call, "retried");
             self.tried.push(guard.endpoint().clone());
             self.retry = Some(permit);
             return Next::Again(wait);
@@ -369,7 +405,7 @@ impl<'a> Run<'a> {
             }
             Err(failed) => {
                 self.call.record(&self.worker.load, &guard, outcome, now);
-                self.count(failed.answer.reason.code());
+                count(&self.worker, &self.call, failed.answer.reason.code());
                 Err(failed.answer)
             }
         })
@@ -384,10 +420,6 @@ impl<'a> Run<'a> {
             Decision::Retry(wait) => call.cluster.breaker.retry(&policy.limits).map(|permit| (wait, permit)),
             Decision::GiveUp(_) => None,
         }
-    }
-
-    fn count(&self, outcome: &'static str) {
-        self.worker.metrics.add_known(Metric::Attempts, [Known::Shared(&self.call.service), Known::Word(outcome)], 1);
     }
 }
 
@@ -405,7 +437,7 @@ fn answered(x: &Exchange, response: &Response<Received>, trusted: bool) -> retry
 fn blame(failure: retry::Failure) -> Outcome {
     let failed = match failure {
         retry::Failure::Connect | retry::Failure::Reset | retry::Failure::PerTryTimeout => true,
-        retry::Failure::Unprocessed | retry::Failure::Overflow => return Outcome::Neutral,
+        retry::Failure::Unprocessed | retry::Failure::Overflow | retry::Failure::Own => return Outcome::Neutral,
         // The far proxy sheds load: ejecting its endpoint would push that load onto the others.
         retry::Failure::Response { reason: Some(reason), .. } if retry::overload(reason) => return Outcome::Neutral,
         retry::Failure::Response { status, grpc, .. } => status >= 500 || grpc.is_some_and(grpc_failure),

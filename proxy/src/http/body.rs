@@ -15,7 +15,7 @@ use tokio::time::Sleep;
 use super::exchange::Running;
 use super::filtered::{FilteredRequest, FilteredResponse};
 use super::made::Made;
-use crate::upstream::Received;
+use crate::upstream::{self, Received};
 
 /// Any failure of a body; hyper closes or resets what it was part of.
 pub(super) type BodyError = Box<dyn std::error::Error + Send + Sync>;
@@ -364,14 +364,16 @@ impl Body for ResponseBody {
             Response::Upstream(upstream) => upstream,
             Response::Filtered(body) => return body.poll_frame(cx),
         };
-        let Poll::Ready(frame) = Pin::new(&mut upstream.body).poll_frame(cx) else {
-            let Some(deadline) = &mut upstream.deadline else { return Poll::Pending };
-            std::task::ready!(deadline.as_mut().poll(cx));
+        // First: a client that reads more slowly than the endpoint sends would never find the body pending.
+        if let Some(deadline) = &mut upstream.deadline
+            && deadline.as_mut().poll(cx).is_ready()
+        {
             if let Some(mut tail) = upstream.tail.take() {
                 tail.timed_out();
             }
             return Poll::Ready(Some(Err("the request's timeout passed".into())));
-        };
+        }
+        let frame = std::task::ready!(Pin::new(&mut upstream.body).poll_frame(cx));
         upstream.watch(frame.as_ref());
         Poll::Ready(frame)
     }
@@ -398,8 +400,11 @@ impl Upstream {
         let Some(tail) = &mut self.tail else { return };
         let ended = match frame {
             None => true,
-            Some(Err(_)) => {
-                tail.broken();
+            Some(Err(error)) => {
+                // Of what the client broke off itself the endpoint is not guilty.
+                if !upstream::is_of_the_request(&**error) {
+                    tail.broken();
+                }
                 self.tail = None;
                 return;
             }

@@ -348,7 +348,10 @@ impl Exchange {
                 Ok(response) => {
                     return self.respond_through(chain, Some((response, attempt)), hops, running).await;
                 }
-                Err(failure) => Err(failure),
+                Err(failure) => {
+                    attempt.failed();
+                    Err(failure)
+                }
             },
             Ok(Answer::Local { response, reason }) => Ok(Some((response, reason))),
             Ok(Answer::Filters) => Ok(None),
@@ -388,7 +391,10 @@ impl Exchange {
     ) -> Response<ResponseBody> {
         let response = match self.received(response, &attempt) {
             Ok(response) => response,
-            Err(failure) => return self.fail(failure).map(|body| ResponseBody::full(body).holding(running)),
+            Err(failure) => {
+                attempt.failed();
+                return self.fail(failure).map(|body| ResponseBody::full(body).holding(running));
+            }
         };
         self.status = Some(response.status());
         let (head, body) = response.into_parts();

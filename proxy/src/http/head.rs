@@ -149,7 +149,8 @@ impl Guarded {
 
     /// Takes hyper's own error response out of the stream and puts one with a reason in its place.
     fn replaces(&mut self, bytes: &[u8]) -> bool {
-        let Some(reason) = (self.phase.get() != EXCHANGE).then(|| bare_error(bytes)).flatten() else { return false };
+        // An application may answer as barely: by then the head that it answers is no longer being read.
+        let Some(reason) = (self.phase.get() == HEAD).then(|| bare_error(bytes)).flatten() else { return false };
         self.instead = raw(reason);
         true
     }

@@ -92,7 +92,7 @@ pub(super) async fn call_out(
     }
     let call = chosen(x, &selected)?;
     let mut out = Outgoing::made(head, &canonical, body);
-    change(&mut out.head, &call, &selected);
+    change(&mut out.head, canonical.path.as_deref(), &call, &selected);
     attempt::routed(x, call, &mut out).await
 }
 
@@ -174,7 +174,7 @@ async fn to_service(
     let call = chosen(x, &selected)?;
     let Incomer { head, body, upgrade } = inc;
     let mut out = Outgoing::new(head, canonical, body, upgrade);
-    change(&mut out.head, &call, &selected);
+    change(&mut out.head, canonical.path.as_deref(), &call, &selected);
     attempt::routed(x, call, &mut out).await
 }
 
@@ -246,8 +246,8 @@ fn chosen(x: &Exchange, selected: &Selected<'_>) -> Result<Rc<Call>, Failure> {
     }
 }
 
-/// The rule's changes, then those of the share.
-fn change(head: &mut request::Parts, call: &Call, selected: &Selected<'_>) {
+/// The rule's changes, then those of the share. `canonical` is the path where it is not as sent.
+fn change(head: &mut request::Parts, mut canonical: Option<&str>, call: &Call, selected: &Selected<'_>) {
     if call.rule.simple {
         return;
     }
@@ -255,7 +255,11 @@ fn change(head: &mut request::Parts, call: &Call, selected: &Selected<'_>) {
     for filters in std::iter::once(&call.rule.filters).chain(share) {
         route::modify_request(filters, head);
         if let Some(rewrite) = &filters.rewrite {
-            route::rewrite(rewrite, head, selected.prefix);
+            route::rewrite(rewrite, head, canonical, selected.prefix);
+            if rewrite.path.is_some() {
+                // The next one finds what this one wrote.
+                canonical = None;
+            }
         }
     }
 }

@@ -11,6 +11,7 @@ pub use connect::{ConnectError, Label, Security, Target, Wire};
 pub(crate) use connect::{Link, LocalExecutor, Opened, open};
 pub use pool::{Lease, Pools, SendError, WireError};
 pub use received::Received;
+pub(crate) use received::is_of_the_request;
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};

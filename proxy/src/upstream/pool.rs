@@ -15,10 +15,11 @@ use futures_util::future::{LocalBoxFuture, Shared};
 use h2::client::SendRequest;
 use outrigger_core::balance::Endpoint;
 use outrigger_core::breaker::Permit;
+use outrigger_core::spiffe::SpiffeId;
 use tokio::sync::Notify;
 
 use super::Cluster;
-use super::connect::{self, ConnectError, Link, Target, Wire};
+use super::connect::{self, ConnectError, Link, Security, Target, Wire};
 use super::http1::{self, Connection, Failed, Head};
 use super::received::Received;
 use super::streams::{self, STREAMS};
@@ -33,6 +34,9 @@ use crate::tls::Peer;
 /// would have hundreds of concurrent requests connect anew all the time.
 const MAX_IDLE: usize = 1024;
 
+/// Between two looks of a request that waits for a connection.
+const LOOK_AGAIN: Duration = Duration::from_millis(100);
+
 /// All pools of one worker. Clones are handles.
 #[derive(Debug, Clone)]
 pub struct Pools {
@@ -45,17 +49,24 @@ pub struct Pools {
 pub(super) type ByTarget = HashMap<PoolKey, Rc<Pool>, foldhash::fast::RandomState>;
 
 /// An endpoint by its place in memory (its pool keeps it there), or an address that is none.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(super) enum PoolKey {
     Endpoint(usize, Wire),
-    Address(SocketAddr, Wire),
+    /// With the identity that its connections have proved: what an address is may change
+    Address(SocketAddr, Wire, Option<SpiffeId>),
 }
 
 impl PoolKey {
     fn of(target: &Target) -> Self {
         match &target.endpoint {
             Some(endpoint) => Self::Endpoint(Arc::as_ptr(endpoint).addr(), target.wire),
-            None => Self::Address(target.address, target.wire),
+            None => {
+                let identity = match &target.security {
+                    Security::Plain => None,
+                    Security::Mtls { identity, .. } => Some(identity.clone()),
+                };
+                Self::Address(target.address, target.wire, identity)
+            }
         }
     }
 }
@@ -227,6 +238,13 @@ impl Drop for Open {
     }
 }
 
+impl Pool {
+    /// Waits until something may be different. What another worker gives back is not told here: so look again now and then.
+    async fn change(&self) {
+        let _ = tokio::time::timeout(LOOK_AGAIN, self.changed.notified()).await;
+    }
+}
+
 async fn checkout_http1(pool: Rc<Pool>, target: &Target, pools: &Pools) -> Result<Lease, ConnectError> {
     if let Some(lease) = pool.take_idle() {
         return Ok(lease);
@@ -236,7 +254,7 @@ async fn checkout_http1(pool: Rc<Pool>, target: &Target, pools: &Pools) -> Resul
         // Each worker may have one connection per endpoint whatever the limit, so that no worker starves another.
         let Some(permit) = target.connection(pool.open.get()) else {
             let _wanted = target.want();
-            pool.changed.notified().await;
+            pool.change().await;
             if let Some(lease) = pool.take_idle() {
                 return Ok(lease);
             }
@@ -270,7 +288,7 @@ async fn checkout_http2(pool: Rc<Pool>, target: &Target, pools: &Pools) -> Resul
         }
         let Some(permit) = target.connection(pool.open.get()) else {
             let _wanted = target.want();
-            pool.changed.notified().await;
+            pool.change().await;
             continue;
         };
         // A task of its own: the requests that wait share its outcome, and none of them takes it away by leaving.
@@ -301,6 +319,8 @@ async fn connect_shared(
     let sender = result?;
     let connection = SharedConnection { sender, streams, since: Cell::new(Instant::now()) };
     pool.shared.borrow_mut().push(Rc::new(connection));
+    // There is room for many of those that wait, not for one only.
+    pool.changed.notify_waiters();
     Ok(())
 }
 

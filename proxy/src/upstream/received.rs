@@ -81,20 +81,29 @@ impl Stream {
         if !self.data_ended {
             match ready!(self.poll_data(cx)) {
                 Some(Ok(data)) => return Poll::Ready(Some(Ok(Frame::data(data)))),
-                Some(Err(error)) => return Poll::Ready(failure(error)),
+                Some(Err(error)) => return Poll::Ready(Some(Err(failure(error)))),
                 None => self.data_ended = true,
             }
         }
         Poll::Ready(match ready!(self.poll_trailers(cx)) {
             Ok(trailers) => trailers.map(|trailers| Ok(Frame::trailers(trailers))),
-            Err(error) => failure(error),
+            Err(error) => Some(Err(failure(error))),
         })
     }
 }
 
-/// A reset without an error follows a response that is complete (RFC 9113, 8.1).
-fn failure(error: h2::Error) -> Option<Result<Frame<Bytes>, Error>> {
-    (error.reason() != Some(Reason::NO_ERROR)).then(|| Err(error.into()))
+/// A reset without an error may stand behind the end of a response (RFC 9113, 8.1), where h2 does not show it. In front of it the response is
+/// not whole; as the reason of the client's own reset it would say that it is.
+fn failure(error: h2::Error) -> Error {
+    match error.reason() {
+        Some(Reason::NO_ERROR) => "the endpoint reset the stream before its end".into(),
+        _ => error.into(),
+    }
+}
+
+/// A response ended as it did for what its request did.
+pub(crate) fn is_of_the_request(error: &(dyn std::error::Error + 'static)) -> bool {
+    error.downcast_ref::<http1::Error>().is_some_and(http1::Error::is_of_the_request)
 }
 
 impl Body for Received {

@@ -129,6 +129,19 @@ fn every_given_field_must_hold() {
 }
 
 #[test]
+fn a_header_that_is_no_text_lets_nobody_in_and_gets_past_no_denial() {
+    for values in [texts(&["admin*"]), texts(&["*"]), vec![]] {
+        let when = vec![wire::Condition { header: "x-debug".into(), values }];
+        let rule = wire::AuthorizationRule { when, ..rule("r", vec![], vec![]) };
+        let denying = linked(&wire::Authorization { deny: vec![rule.clone()], ..Default::default() });
+        let mut request = sent();
+        assert!(request.may(&denying));
+        request.headers.insert("x-debug", http::HeaderValue::from_bytes(b"admin\xff").unwrap());
+        assert!(!request.may(&denying) && !request.may(&allowing(vec![rule])));
+    }
+}
+
+#[test]
 fn of_a_stream_allow_needs_no_http_and_deny_ignores_it() {
     let http_fields = [
         rule("paths", vec![], paths(&["/x"])),

@@ -32,6 +32,8 @@ pub fn pick(
         .or_else(|| if tried.is_empty() { None } else { view.choose(rng, |one| usable(one, now)) })
         .or_else(|| view.choose(rng, fresh))
         .or_else(|| view.choose(rng, |_| true))
+        // All are being probed: better to ask one of them than nobody.
+        .or_else(|| view.one(rng, |_| true).map(|one| Guard::new(&set.endpoints[one], false, now)))
 }
 
 fn usable(endpoint: &Endpoint, now: Instant) -> bool {

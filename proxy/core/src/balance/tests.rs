@@ -107,6 +107,22 @@ fn a_hung_endpoint_never_looks_good() {
 }
 
 #[test]
+fn while_the_only_endpoint_is_probed_others_ask_it_too() {
+    let (now, outlier) = (Instant::now(), Outlier::default());
+    let set = set(&[1, 1], now);
+    fail(&set, &outlier, 0, 5, now);
+    let set = set.update(std::iter::once(info(0, 1)), now);
+    let later = now + Duration::from_secs(31);
+    let mut rng = Rng::with_seed(1);
+    for algorithm in ALL {
+        let probe = pick(&set, algorithm, &[], later, &mut rng).unwrap();
+        assert!(probe.is_probe());
+        let other = pick(&set, algorithm, &[], later, &mut rng).expect("the set is not empty");
+        assert!(!other.is_probe());
+    }
+}
+
+#[test]
 fn fewer_requests_in_flight_is_better() {
     let now = Instant::now();
     let set = set(&[1, 1], now);

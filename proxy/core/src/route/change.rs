@@ -78,8 +78,9 @@ pub fn redirect(
     (redirect.status, location)
 }
 
-/// Rewrites authority and path on the way to the backend; the query stays. `prefix` is what the request's match matched.
-pub fn rewrite(rewrite: &Rewrite, head: &mut request::Parts, prefix: Option<&str>) {
+/// Rewrites authority and path on the way to the backend; the query stays. `canonical` is the path where it is not as sent, and `prefix` what
+/// the request's match matched of it: `/%61/../b` as sent would match and not be rewritten, or lead out of its replacement.
+pub fn rewrite(rewrite: &Rewrite, head: &mut request::Parts, canonical: Option<&str>, prefix: Option<&str>) {
     if let Some(host) = &rewrite.hostname {
         head.headers.insert(header::HOST, host.clone());
     }
@@ -93,8 +94,8 @@ pub fn rewrite(rewrite: &Rewrite, head: &mut request::Parts, prefix: Option<&str
     }
     if let Some(change) = &rewrite.path {
         let (path, query) = match &parts.path_and_query {
-            Some(old) => (old.path(), old.query()),
-            None => ("/", None),
+            Some(old) => (canonical.unwrap_or(old.path()), old.query()),
+            None => (canonical.unwrap_or("/"), None),
         };
         let mut new = change_path(Some(change), path, prefix).unwrap_or_else(|| path.to_owned());
         if let Some(query) = query {

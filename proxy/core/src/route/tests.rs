@@ -270,7 +270,7 @@ fn modifiers_set_add_and_remove() {
 
 fn rewritten(uri: &str, prefix: Option<&str>, path: PathChange) -> String {
     let (mut head, ()) = Request::get(uri).body(()).unwrap().into_parts();
-    rewrite(&Rewrite { hostname: None, path: Some(path) }, &mut head, prefix);
+    rewrite(&Rewrite { hostname: None, path: Some(path) }, &mut head, None, prefix);
     head.uri.to_string()
 }
 
@@ -298,6 +298,16 @@ fn the_table_of_prefix_replacements() {
 }
 
 #[test]
+fn what_is_rewritten_is_the_path_that_matched() {
+    for (sent, canonical) in [("/%61/x?q", "/a/x"), ("//a/x?q", "/a/x"), ("/a/../../a/x?q", "/a/x")] {
+        let (mut head, ()) = Request::get(sent).body(()).unwrap().into_parts();
+        let change = Rewrite { hostname: None, path: Some(PathChange::Prefix("/tenants/a".into())) };
+        rewrite(&change, &mut head, Some(canonical), Some("/a"));
+        assert_eq!(head.uri, "/tenants/a/x?q", "{sent}");
+    }
+}
+
+#[test]
 fn a_rewrite_keeps_the_query_and_changes_the_host() {
     assert_eq!(rewritten("/foo/bar?a=b&c", Some("/foo"), PathChange::Prefix("/x".into())), "/x/bar?a=b&c");
     assert_eq!(rewritten("/foo?a=b", None, PathChange::Full("/one/two".into())), "/one/two?a=b");
@@ -305,7 +315,7 @@ fn a_rewrite_keeps_the_query_and_changes_the_host() {
     let change = Rewrite { hostname: Some("one.example".parse().unwrap()), path: None };
     for (uri, result) in [("/a?b", "/a?b"), ("https://reviews/a?b", "https://one.example/a?b")] {
         let (mut head, ()) = Request::get(uri).header("host", "reviews").body(()).unwrap().into_parts();
-        rewrite(&change, &mut head, None);
+        rewrite(&change, &mut head, None, None);
         assert_eq!((head.uri.to_string().as_str(), &head.headers["host"]), (result, &"one.example".parse().unwrap()));
     }
 }

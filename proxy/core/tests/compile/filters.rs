@@ -139,5 +139,3 @@ fn a_selector_and_the_protocol_say_which_ports_have_a_filter() {
         (0, ["filter/demo/out-tcp".to_owned()].as_slice())
     );
 }
-
-/// What is accepted here must be accepted by proxies: a NACK would be found out by traffic.

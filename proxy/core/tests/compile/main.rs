@@ -470,6 +470,7 @@ fn another_trust_domain_is_reported_and_the_rest_of_the_config_holds() {
     assert_eq!((config.trust_domain.as_str(), config.outbound_traffic), ("cluster.local", 1));
 }
 
+/// What is accepted here must be accepted by proxies: a NACK would be found out by traffic.
 #[test]
 fn whatever_is_accepted_links() {
     let mut texts = vec![SHOP.to_owned(), include_str!("../data/kinds.yaml").to_owned()];

@@ -257,3 +257,81 @@ fn trailers_with_a_failure_count_against_the_endpoint() {
         until("it is ejected", || state(&client) != State::Healthy).await;
     });
 }
+
+/// An application that takes a request and does nothing with it.
+async fn silent() -> std::net::SocketAddr {
+    let (listener, address) = listen().await;
+    tokio::task::spawn_local(async move {
+        let mut held = Vec::new();
+        while let Ok((stream, _)) = listener.accept().await {
+            held.push(stream);
+        }
+    });
+    address
+}
+
+#[test]
+fn what_a_client_gave_up_took_at_least_as_long() {
+    run(async {
+        let (client, outbound) = direct(silent().await, Version::Http1, retries()).await;
+        let mut stream = TcpStream::connect(outbound).await.unwrap();
+        stream.write_all(b"GET / HTTP/1.1\r\nhost: reviews\r\n\r\n").await.unwrap();
+        until("it is under way", || client.worker.load.running() == 1).await;
+        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+        drop(stream);
+        until("it is given up", || client.total(Metric::Attempts, &["demo/reviews", "cancelled"]) == 1).await;
+        let set = client.worker.proxy.clusters.get("demo/reviews:80").endpoints();
+        assert!(set.endpoints()[0].latency(Instant::now()) > 40_000.0, "a hung endpoint never looks good");
+    });
+}
+
+#[test]
+fn what_is_not_the_endpoints_doing_does_not_eject_it() {
+    // A client that breaks its upload off.
+    run(async {
+        let mut client = TestProxy::new("web");
+        client.service(&fragile());
+        client.endpoints("demo/reviews:80", vec![endpoint("one", silent().await, None)]);
+        let outbound = client.serve_outbound(Some(Version::Http1), None).await;
+        let mut stream = TcpStream::connect(outbound).await.unwrap();
+        stream.write_all(b"POST / HTTP/1.1\r\nhost: reviews\r\ncontent-length: 100\r\n\r\nhalf").await.unwrap();
+        until("it is under way", || client.worker.load.running() == 1).await;
+        drop(stream);
+        until("it is over", || client.worker.load.running() == 0).await;
+        assert_eq!(state(&client), State::Healthy);
+    });
+    // One that asks for what the endpoint's protocol has not.
+    run(async {
+        let app = streams(|_, respond| reply(respond, "0")).await;
+        let mut client = TestProxy::new("web");
+        let mut fragile = fragile();
+        fragile.backends[0].protocol = wire::Protocol::Http2.into();
+        client.service(&fragile);
+        client.endpoints("demo/reviews:80", vec![endpoint("one", app, None)]);
+        let outbound = client.serve_outbound(Some(Version::Http1), None).await;
+        let websocket = "GET /chat HTTP/1.1\r\nhost: reviews\r\nupgrade: websocket\r\nconnection: Upgrade\r\n\r\n";
+        let response = exchange(outbound, websocket).await;
+        assert!(response.contains("x-outrigger-reason: upgrade-refused\r\n"), "{response}");
+        assert_eq!(state(&client), State::Healthy);
+    });
+}
+
+#[test]
+fn a_stream_that_is_reset_before_its_end_is_not_passed_off_as_whole() {
+    run(async {
+        let (sending, mut receiving) = tokio::sync::mpsc::unbounded_channel();
+        let app = streams(move |_, mut respond| {
+            let mut body = respond.send_response(::http::Response::new(()), false).unwrap();
+            body.send_data(Bytes::from_static(b"half"), false).unwrap();
+            sending.send(body).unwrap();
+        })
+        .await;
+        let (client, outbound) = direct(app, Version::Http2, wire::RoutePolicy::default()).await;
+        let mut sender = connect(outbound).await;
+        let mut body = within(sender.send_request(call("reviews", ""))).await.unwrap().into_body();
+        assert_eq!(within(body.frame()).await.unwrap().unwrap().into_data().unwrap(), "half");
+        receiving.recv().await.unwrap().send_reset(::h2::Reason::NO_ERROR);
+        assert!(within(body.frame()).await.unwrap().is_err());
+        until("it counts", || client.total(Metric::Attempts, &["demo/reviews", "failure"]) == 1).await;
+    });
+}

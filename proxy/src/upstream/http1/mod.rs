@@ -66,6 +66,11 @@ pub enum Error {
 }
 
 impl Error {
+    /// The request is to blame: its client broke it off, or stated another length.
+    pub fn is_of_the_request(&self) -> bool {
+        matches!(self, Self::Length | Self::Body(_))
+    }
+
     /// The endpoint answered, but not as HTTP has it.
     pub fn is_protocol(&self) -> bool {
         matches!(self, Self::Parse(_) | Self::Framing(_) | Self::TooLarge)
