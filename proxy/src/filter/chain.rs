@@ -15,7 +15,7 @@ use http::{HeaderMap, HeaderValue, request, response};
 use super::kept::Kept;
 use super::local::is_grpc;
 use super::stream::{At, Waiter};
-use super::{Event, Failed, FilterState, Filters, Flow, Peer, Plugin, Stream, StreamInfo};
+use super::{Failed, FilterState, Filters, Flow, Peer, Plugin, Stream, StreamInfo};
 
 /// What comes out of a chain behind a head.
 #[derive(Debug)]
@@ -307,6 +307,18 @@ impl Chain {
         Some(std::mem::take(&mut direction.out.next))
     }
 
+    /// The response's head has left: it cannot be replaced any more.
+    pub fn head_sent(&self) -> bool {
+        self.0.stream.data().head_sent
+    }
+
+    /// All of a direction has passed the filters, or been cut: no filter hears of it again.
+    pub fn passed(&self, flow: Flow) -> bool {
+        let mut state = self.0.state.borrow_mut();
+        let direction = state.of(flow);
+        direction.cut || direction.out_end.is_some()
+    }
+
     /// Nothing more of a direction comes out: a filter saw to that.
     pub fn is_cut(&self, flow: Flow) -> bool {
         self.0.state.borrow_mut().of(flow).cut
@@ -375,7 +387,7 @@ impl Chain {
         if self.0.stream.signal.replace(false) {
             self.0.look_for_losses();
             self.0.run(Flow::Request);
-            self.0.advance(Flow::Response);
+            self.0.run(Flow::Response);
         }
     }
 
@@ -409,9 +421,7 @@ impl Chain {
 
     /// TCP: the side that sends in a direction is gone.
     pub fn closed(&self, flow: Flow, peer: Peer) {
-        for index in 0..self.0.count {
-            let _ = self.0.call(index, flow, Event::Closed(peer));
-        }
+        self.0.close(flow, peer);
     }
 
     /// The exchange is over: every filter logs and is deleted.

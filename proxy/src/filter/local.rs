@@ -59,10 +59,10 @@ pub(super) fn is_grpc(headers: &HeaderMap) -> bool {
     matches!(rest.first(), None | Some(b'+' | b';'))
 }
 
-/// The gRPC status for an HTTP status (the table of gRPC's `http-grpc-status-mapping.md`).
+/// The gRPC status for an HTTP status (the table of gRPC's `http-grpc-status-mapping.md`). It has no success: without a status of its own,
+/// not even 200 is one.
 pub(super) fn grpc_from_http(status: StatusCode) -> u32 {
     match status.as_u16() {
-        200 => 0,
         400 => 13,
         401 => 16,
         403 => 7,
@@ -119,5 +119,7 @@ mod tests {
         assert!(body.is_empty());
         let (head, _) = LocalResponse { grpc_status: Some(9), ..local(403, "") }.into_head(true);
         assert_eq!(head.headers["grpc-status"], "9");
+        let (head, _) = local(200, "").into_head(true);
+        assert_eq!(head.headers["grpc-status"], "2");
     }
 }

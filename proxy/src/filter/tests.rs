@@ -344,3 +344,70 @@ fn responses_pass_in_reverse() {
     let expected = ["b Response headers 0", "a Response headers 0", "b Response body 4 1", "a Response body 4 1"];
     assert_eq!(seen[2..], expected);
 }
+
+/// Counts its wakes.
+#[derive(Default)]
+struct Waked(std::sync::atomic::AtomicUsize);
+
+impl std::task::Wake for Waked {
+    fn wake(self: std::sync::Arc<Self>) {
+        self.0.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+    }
+}
+
+#[test]
+fn a_callback_of_one_direction_that_resumes_the_other_wakes_who_waits_there() {
+    for (held, other) in [(Flow::Response, Flow::Request), (Flow::Request, Flow::Response)] {
+        let bench = Bench::new(1);
+        bench.then(0, |_| Action::Continue);
+        bench.request(false);
+        assert!(bench.chain.take_request().is_some());
+        bench.response(false);
+        assert!(bench.chain.take_response().is_some());
+        bench.then(0, |_| Action::Pause).then(0, move |view| {
+            view.resume(held);
+            Action::Continue
+        });
+        bench.data(held, "aaaa", true);
+        assert_eq!(bench.out(held), "");
+        let waked = std::sync::Arc::<Waked>::default();
+        bench.chain.register(held, &waked.clone().into());
+        bench.data(other, "bbbb", true);
+        assert_eq!(waked.0.load(std::sync::atomic::Ordering::Relaxed), 1, "{held:?}");
+        assert_eq!(bench.out(held), "aaaa.");
+    }
+}
+
+#[test]
+fn what_a_filter_asks_for_at_a_close_is_done() {
+    let told = |what: fn(&View) -> Action| {
+        let bench = Bench::new(0);
+        let (script, last) = (Script::default(), Rc::default());
+        let mut filters = Filters::default();
+        filters.push(Box::new(Scripted { name: "a", log: Log::default(), script: script.clone(), last }));
+        let bench = Bench { chain: Chain::tcp(filters, StreamInfo::default()), scripts: vec![script], ..bench };
+        bench.then(0, |_| Action::Continue).then(0, |_| Action::Pause).then(0, what);
+        bench.chain.connected();
+        bench.data(Flow::Request, "held", false);
+        let waked = std::sync::Arc::<Waked>::default();
+        bench.chain.register(Flow::Request, &waked.clone().into());
+        bench.chain.closed(Flow::Response, super::Peer::Unknown);
+        assert_eq!(waked.0.load(std::sync::atomic::Ordering::Relaxed), 1);
+        (bench.chain.stop(), bench.out(Flow::Request))
+    };
+    let failed = super::Failed { filter: "a".into(), reason: "trap".into() };
+    assert_eq!(
+        told(|_| Action::Failed(super::Failed { filter: "a".into(), reason: "trap".into() })),
+        (Some(Stop::Failed(failed)), String::new())
+    );
+    let close = |view: &View| {
+        view.close();
+        Action::Continue
+    };
+    assert_eq!(told(close), (Some(Stop::Reset), String::new()));
+    let resume = |view: &View| {
+        view.resume(Flow::Request);
+        Action::Continue
+    };
+    assert_eq!(told(resume), (None, "held".to_owned()));
+}

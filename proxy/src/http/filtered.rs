@@ -44,7 +44,9 @@ pub(super) async fn unless_stopped(
             }
             chain.register_stop(cx.waker());
         }
-        answer.as_mut().poll(cx)
+        let polled = answer.as_mut().poll(cx);
+        // The same poll may have given the filters more of the request.
+        if chain.as_ref().is_some_and(Chain::stopped) { Poll::Ready(Ok(Answer::Filters)) } else { polled }
     })
     .await
 }
@@ -261,8 +263,11 @@ impl Exchange {
             }
         }
         chain.keep_response(&head);
-        // The last filter may have let go more than the head: the rest is what the body is for.
-        if !chain.in_body(Flow::Response)
+        // The last filter may have let go more than the head: the rest is what the body is for. And one that still hears of the request may
+        // end the response.
+        let uploading = chain.in_body(Flow::Request) && !chain.passed(Flow::Request);
+        if !uploading
+            && !chain.in_body(Flow::Response)
             && let Some(Inlet { source: Some(body), .. }) =
                 outlet.inlet.take_if(|inlet| inlet.source.is_some() && chain.is_clear(Flow::Response))
         {

@@ -6,7 +6,7 @@ use bytes::Bytes;
 use http::response;
 
 use super::super::stream::{At, Slot, Waiter};
-use super::super::{Action, Buffer, Event, Failed, Flow, LocalResponse, View};
+use super::super::{Action, Buffer, Event, Failed, Flow, LocalResponse, Peer, View};
 use super::{Direction, End, Inner, Stop};
 
 enum Next {
@@ -85,6 +85,8 @@ impl Inner {
         while std::mem::take(&mut self.state.borrow_mut().again) {
             flow = flow.other();
             self.advance(flow);
+            // Another task may wait for what comes out of it.
+            self.stream.wake(flow.into());
         }
     }
 
@@ -355,21 +357,46 @@ impl Inner {
             };
             let Some(mut filter) = filter else { continue };
             let lost = filter.lost(&self.view(index));
-            let (reply, reset) = {
-                let mut data = self.stream.data();
-                let Some(slot) = data.slots.get_mut(index) else { continue };
+            if let Some(slot) = self.stream.data().slots.get_mut(index) {
                 slot.filter = Some(filter);
                 if matches!(lost, Some(Action::Continue)) {
                     slot.wishes.resume = [true; 2];
                 }
-                (slot.wishes.reply.take(), std::mem::take(&mut slot.wishes.reset))
-            };
-            match (lost, reply) {
-                (Some(Action::Failed(failed)), _) => self.fail(failed),
-                (_, Some(reply)) => self.respond(index, *reply),
-                _ if reset => self.stop(Stop::Reset),
-                _ => {}
             }
+            self.end_by(index, lost);
+        }
+    }
+
+    /// Ends the exchange where a filter failed or asked for its end. What it lets go is left to a run.
+    fn end_by(&self, index: usize, action: Option<Action>) {
+        let (reply, reset) = {
+            let mut data = self.stream.data();
+            let Some(slot) = data.slots.get_mut(index) else { return };
+            (slot.wishes.reply.take(), std::mem::take(&mut slot.wishes.reset))
+        };
+        match (action, reply) {
+            (Some(Action::Failed(failed)), _) => self.fail(failed),
+            (Some(Action::Respond(reply)), _) | (_, Some(reply)) => self.respond(index, *reply),
+            (Some(Action::Reset), _) => self.stop(Stop::Reset),
+            _ if reset => self.stop(Stop::Reset),
+            _ => {}
+        }
+    }
+
+    /// Tells every filter that a side is gone.
+    pub(super) fn close(&self, flow: Flow, peer: Peer) {
+        for index in 0..self.count {
+            let action = self.call(index, flow, Event::Closed(peer));
+            if let Some(slot) = self.stream.data().slots.get_mut(index) {
+                // Where it holds nothing there is nothing to let go, now or later.
+                slot.wishes.resume[flow as usize] &= slot.stage(flow).paused;
+            }
+            self.end_by(index, Some(action));
+        }
+        // The client's end is told last: nothing goes on then.
+        if flow == Flow::Response {
+            self.state.borrow_mut().again = true;
+            self.run(flow);
         }
     }
 

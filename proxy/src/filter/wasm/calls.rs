@@ -10,6 +10,8 @@ use super::{buffers, callouts, clock, maps, properties, sharing};
 
 /// Largest body of a local response, bytes.
 const LOCAL_BODY: usize = 1024 * 1024;
+/// Names and values of its headers together, bytes, as in other maps.
+const LOCAL_HEADERS: usize = 64 * 1024;
 
 /// The type of a function of 32- and 64-bit parameters.
 pub(super) fn signature(engine: &Engine, params: &str, results: bool) -> FuncType {
@@ -153,7 +155,8 @@ fn local_response(
     let body = slice(memory, bp, bn)?;
     let pairs = deserialize_pairs(slice(memory, hp, hn)?).ok_or(Status::BadArgument)?;
     let view = host.view().ok_or(Status::BadArgument)?;
-    if body.len() > LOCAL_BODY {
+    let headers: usize = pairs.iter().map(|(key, value)| key.len() + value.len()).sum();
+    if body.len() > LOCAL_BODY || headers > LOCAL_HEADERS {
         return Err(Status::BadArgument.into());
     }
     let mut fields = HeaderMap::with_capacity(pairs.len() + 2);
@@ -179,7 +182,6 @@ fn set_effective_context(caller: Guest<'_, '_>, id: u32) -> Call {
     caller.data_mut().select(id).then_some(()).ok_or(Fault::Status(Status::BadArgument))
 }
 
-/// Nothing defers the end of a context yet, so nothing is ever pending.
 /// Ends a root context that put off its end. Streams end by themselves.
 fn done(caller: Guest<'_, '_>) -> Call {
     let host = caller.data_mut();

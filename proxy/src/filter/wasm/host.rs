@@ -220,6 +220,8 @@ pub(super) struct Root {
     pub(super) end: End,
     /// To whom its failures are told
     pub(super) plugin: std::sync::Weak<Plugin>,
+    /// It has registered a queue
+    pub(super) listens: bool,
 }
 
 /// How far the end of a root context is.

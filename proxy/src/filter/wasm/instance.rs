@@ -114,6 +114,7 @@ impl Instance {
         let result = f(&mut inner);
         if result.is_err() {
             self.dead.set(true);
+            inner.store.data().inbox.close();
             // Those that wait for a resume would wait for ever.
             for context in inner.store.data().contexts.values() {
                 if let Some(stream) = context.stream.as_ref().and_then(|(stream, _)| stream.upgrade()) {
@@ -165,7 +166,8 @@ impl Instance {
             let roots = &mut inner.store.data_mut().roots;
             let index = roots.iter().position(|root| root.id == 0).unwrap_or(roots.len());
             let id = take_id(inner, Context { root: index, stream: None });
-            let root = Root { id, spec: Arc::clone(spec), counters, end: End::No, plugin: std::sync::Weak::new() };
+            let plugin = std::sync::Weak::new();
+            let root = Root { id, spec: Arc::clone(spec), counters, end: End::No, plugin, listens: false };
             let roots = &mut inner.store.data_mut().roots;
             match roots.get_mut(index) {
                 Some(free) => *free = root,
@@ -173,6 +175,12 @@ impl Instance {
             }
             Ok((id, index))
         })?;
+        // Others may live in the same VM: nothing of a plugin that does not start stays in it.
+        self.start_root(id, root, spec).inspect_err(|_| self.remove_root(id, root))?;
+        Ok(root)
+    }
+
+    fn start_root(&self, id: u32, root: usize, spec: &Arc<Spec>) -> Result<(), Failure> {
         let size = |bytes: &[u8]| u32::try_from(bytes.len()).unwrap_or(u32::MAX);
         type Step<'a> = &'a dyn Fn(&mut Store<Host>, &Callbacks) -> wasmtime::Result<bool>;
         let step = |name: &str, phase, f: Step<'_>| {
@@ -200,8 +208,7 @@ impl Instance {
         })?;
         step("proxy_on_configure", Phase::Configure, &|store, callbacks| {
             accepts(&callbacks.configure, store, &spec.configuration)
-        })?;
-        Ok(root)
+        })
     }
 
     /// `on_done` of a plugin. False: it wants to go on until it calls `proxy_done`.
@@ -229,15 +236,20 @@ impl Instance {
         let result = self.call(id, root, Phase::Done, None, |store, callbacks| {
             callbacks.delete.as_ref().map_or(Ok(()), |delete| delete.call(store, id))
         });
+        self.remove_root(id, root);
+        result
+    }
+
+    fn remove_root(&self, id: u32, root: usize) {
         if let Ok(mut inner) = self.inner.try_borrow_mut() {
             let host = inner.store.data_mut();
             host.contexts.remove(&id);
             if let Some(root) = host.roots.get_mut(root) {
                 root.id = 0;
+                root.spec.vm.unregister(&host.inbox, id);
             }
         }
         self.tasks.borrow_mut().forget(id);
-        result
     }
 
     fn root_id(&self, root: usize) -> Option<u32> {
@@ -329,7 +341,9 @@ fn take_id(inner: &mut Inner, context: Context) -> u32 {
 
 impl Drop for Instance {
     fn drop(&mut self) {
-        self.inner.get_mut().store.data().limiter.counters.memory.store(0, Ordering::Relaxed);
+        let host = self.inner.get_mut().store.data();
+        host.limiter.counters.memory.store(0, Ordering::Relaxed);
+        host.inbox.close();
     }
 }
 

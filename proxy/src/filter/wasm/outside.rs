@@ -150,9 +150,14 @@ async fn listen(instance: Weak<Instance>) {
     let Some(inbox) = instance.upgrade().and_then(|instance| instance.inbox()) else { return };
     loop {
         inbox.bell.notified().await;
-        if instance.upgrade().is_none_or(|instance| instance.dead()) {
+        let Some(listening) = instance.upgrade() else { return };
+        if listening.dead() {
+            let plugins = listening.listeners();
+            drop(listening);
+            futures_util::future::join_all(plugins.into_iter().map(restart)).await;
             return;
         }
+        drop(listening);
         while let Some((root, queue)) = inbox.next() {
             let Some(instance) = instance.upgrade() else { return };
             instance.queue_ready(root, queue);

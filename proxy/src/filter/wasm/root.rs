@@ -45,6 +45,15 @@ impl Instance {
         self.host(|host| Arc::clone(&host.inbox))
     }
 
+    /// The plugins that wait for queues.
+    pub(super) fn listeners(&self) -> Vec<std::sync::Weak<Plugin>> {
+        let find = |host: &mut Host| {
+            let listening = host.roots.iter().filter(|root| root.id != 0 && root.listens);
+            listening.map(|root| root.plugin.clone()).collect()
+        };
+        self.host(find).unwrap_or_default()
+    }
+
     /// A callback of a root context failed: the instance is dead.
     pub(super) fn report(&self, root: u32, failure: Failure) {
         if let Some(plugin) = self.plugin(root).upgrade() {

@@ -3,7 +3,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::hash::{BuildHasher, RandomState};
-use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use bytes::Bytes;
@@ -157,6 +157,14 @@ impl Vm {
         Ok(queue.id)
     }
 
+    /// A root context is gone: it is told of nothing more.
+    pub(super) fn unregister(&self, inbox: &Arc<Inbox>, root: u32) {
+        let gone = Arc::downgrade(inbox);
+        for queue in lock(&self.queues).values() {
+            lock(&queue.state).owners.retain(|(owner, of)| !(owner.ptr_eq(&gone) && *of == root));
+        }
+    }
+
     /// The id of a queue of some VM of this one's namespace; no VM id: of this one.
     pub(super) fn resolve(&self, vm_id: &str, name: &[u8]) -> Result<u32, Status> {
         let id = |vm: &Self| lock(&vm.queues).get(name).map(|queue| queue.id).ok_or(Status::NotFound);
@@ -193,7 +201,7 @@ impl Vm {
         vm.charge(item.len() + OVERHEAD, 0, limit)?;
         state.items.push_back(Bytes::copy_from_slice(item));
         while let Some((owner, root)) = state.owners.last() {
-            if let Some(inbox) = owner.upgrade() {
+            if let Some(inbox) = owner.upgrade().filter(|inbox| !inbox.closed.load(Ordering::Acquire)) {
                 inbox.notify(*root, id);
                 break;
             }
@@ -240,8 +248,10 @@ impl Queue {
 #[derive(Debug, Default)]
 pub(super) struct Inbox {
     notices: Mutex<VecDeque<(u32, u32)>>,
-    /// Rings after each notice
+    /// Rings after each notice, and at the end
     pub(super) bell: Notify,
+    /// The instance has ended
+    closed: AtomicBool,
 }
 
 impl Inbox {
@@ -251,6 +261,12 @@ impl Inbox {
             notices.push_back((root, queue));
         }
         drop(notices);
+        self.bell.notify_one();
+    }
+
+    /// Nobody hears it any more.
+    pub(super) fn close(&self) {
+        self.closed.store(true, Ordering::Release);
         self.bell.notify_one();
     }
 
@@ -357,7 +373,7 @@ mod tests {
             (first.next(), second.next(), second.next(), second.next()),
             (None, Some((2, id)), Some((2, id)), None)
         );
-        drop(second);
+        second.close();
         // The instance that registered last is gone: the one before it is told.
         b.enqueue(id, b"3", LIMIT).unwrap();
         assert_eq!(first.next(), Some((1, id)));
@@ -365,6 +381,10 @@ mod tests {
             assert_eq!(a.dequeue(id).unwrap(), item);
         }
         assert_eq!(a.dequeue(id), Err(Status::Empty));
+        a.unregister(&first, 1);
+        b.enqueue(id, b"4", LIMIT).unwrap();
+        assert_eq!((first.next(), second.next()), (None, None), "nobody is left to be told");
+        a.dequeue(id).unwrap();
         assert_eq!((a.dequeue(0), a.enqueue(0, b"", LIMIT)), (Err(Status::NotFound), Err(Status::NotFound)));
         assert_eq!(Vm::alone().dequeue(id), Err(Status::NotFound));
     }

@@ -49,6 +49,9 @@ fn register_queue(caller: Guest<'_, '_>, np: u32, nn: u32, out: u32) -> Call {
     check(caller, out, 4)?;
     let (memory, host) = split(caller)?;
     let id = host.plugin().vm.register(slice(memory, np, nn)?, &host.inbox, host.root_id())?;
+    if let Some(root) = host.roots.get_mut(host.root) {
+        root.listens = true;
+    }
     write_u32(caller, out, id)
 }
 

@@ -13,6 +13,8 @@ const NOTSUP: i32 = 58;
 const RANDOM_LIMIT: u32 = 64 * 1024;
 /// Bytes that one `fd_write` may pass.
 const WRITE_LIMIT: usize = 64 * 1024;
+/// Pieces that it may have.
+const VECTORS: u32 = 1024;
 
 /// Functions with one answer: name, parameters, errno.
 const STUBS: [(&str, &str, i32); 36] = [
@@ -116,6 +118,9 @@ fn fd_write(guest: &mut Caller<'_, Host>, fd: u32, vectors: u32, count: u32, out
         2 => 4,
         _ => return Ok(BADF),
     };
+    if count > VECTORS {
+        return Ok(INVAL);
+    }
     let mut line = Vec::new();
     for index in 0..count {
         let at = vectors.checked_add(index.checked_mul(8).ok_or(super::abi::Status::BadArgument)?);

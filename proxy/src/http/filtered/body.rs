@@ -120,8 +120,9 @@ impl FilteredRequest {
     pub(in crate::http) fn poll_frame(&mut self, cx: &mut Context<'_>) -> Polled {
         loop {
             self.chain.settle();
-            if self.chain.stopped() {
-                // The answer is the filters', and ends the attempt: the endpoint is not to be blamed for half a body.
+            if self.chain.stopped() && !self.chain.head_sent() {
+                // The answer is the filters', and ends the attempt: the endpoint is not to be blamed for half a body. Behind a head
+                // that has been sent there is none.
                 self.chain.register(Flow::Request, cx.waker());
                 return Poll::Pending;
             }
@@ -172,8 +173,11 @@ impl FilteredRequest {
                     return Poll::Ready(Ok(head));
                 }
                 self.chain.register(Flow::Request, cx.waker());
+                if !reads {
+                    // To ask for the body is to say `100 Continue`.
+                    return Poll::Pending;
+                }
                 match self.inlet.poll(&self.chain, cx) {
-                    _ if !reads => return Poll::Pending,
                     Poll::Pending => return Poll::Pending,
                     Poll::Ready(Ok(_)) => {}
                     Poll::Ready(Err(_)) => return Poll::Ready(Err(Stop::Reset)),

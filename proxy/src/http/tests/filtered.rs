@@ -3,7 +3,7 @@
 use std::cell::Cell;
 use std::rc::Rc;
 
-use tokio::io::AsyncWriteExt;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt};
 
 use super::*;
 use crate::metrics::Metric;
@@ -324,5 +324,103 @@ fn a_response_that_breaks_off_while_a_filter_holds_it_is_the_endpoints_failure()
         assert!(response.starts_with("HTTP/1.1 502 "), "{response}");
         assert!(response.contains("x-outrigger-reason: upstream-reset\r\n"), "{response}");
         assert_eq!(client.total(Metric::Attempts, &["demo/reviews", "failure"]), 1);
+    });
+}
+
+/// Pauses the response's headers until the request has ended; an `x` in the request's body traps.
+const CROSSING: &str = r#"(module
+    (import "env" "proxy_get_buffer_bytes" (func $get (param i32 i32 i32 i32 i32) (result i32)))
+    (import "env" "proxy_continue_stream" (func $resume (param i32) (result i32)))
+    (memory (export "memory") 1)
+    (func (export "proxy_abi_version_0_2_1"))
+    (func (export "malloc") (param i32) (result i32) (i32.const 4096))
+    (func (export "proxy_on_request_body") (param i32 i32 i32) (result i32)
+        (drop (call $get (i32.const 0) (i32.const 0) (i32.const 1) (i32.const 16) (i32.const 20)))
+        (if (i32.and (i32.gt_u (local.get 1) (i32.const 0)) (i32.eq (i32.load8_u (i32.const 4096)) (i32.const 120)))
+            (then unreachable))
+        (if (local.get 2) (then (drop (call $resume (i32.const 1)))))
+        (i32.const 0))
+    (func (export "proxy_on_response_headers") (param i32 i32 i32) (result i32) (i32.const HOLDS)))"#;
+
+/// An application that answers as soon as it has a request's head, and its connection.
+async fn early(answer: &'static [u8]) -> (std::net::SocketAddr, tokio::task::JoinHandle<tokio::net::TcpStream>) {
+    let (listener, app) = listen().await;
+    let task = tokio::task::spawn_local(async move {
+        let (mut stream, _) = listener.accept().await.unwrap();
+        let mut head = String::new();
+        while !head.ends_with("\r\n\r\n") {
+            head.push(char::from(stream.read_u8().await.unwrap()));
+        }
+        stream.write_all(answer).await.unwrap();
+        stream
+    });
+    (app, task)
+}
+
+const UPLOAD: &[u8] = b"POST / HTTP/1.1\r\nhost: reviews\r\ntransfer-encoding: chunked\r\n\r\n1\r\na\r\n";
+
+#[test]
+fn a_response_that_is_resumed_by_the_end_of_the_request_leaves() {
+    run(async {
+        let (app, early) = early(b"HTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\n").await;
+        let (_client, outbound) = behind(app, &CROSSING.replace("HOLDS", "1")).await;
+        let mut client = tokio::net::TcpStream::connect(outbound).await.unwrap();
+        client.write_all(UPLOAD).await.unwrap();
+        let _upstream = within(early).await.unwrap();
+        // The head waits in the filter by now, and nobody polls for it.
+        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+        client.write_all(b"0\r\n\r\n").await.unwrap();
+        let mut status = [0; 12];
+        within(client.read_exact(&mut status)).await.unwrap();
+        assert_eq!(&status, b"HTTP/1.1 200");
+    });
+}
+
+#[test]
+fn c61_a_trap_in_the_request_behind_the_responses_head_resets_the_stream() {
+    run(async {
+        let (app, early) = early(b"HTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\n").await;
+        let (client, outbound) = behind(app, &CROSSING.replace("HOLDS", "0")).await;
+        let mut stream = tokio::net::TcpStream::connect(outbound).await.unwrap();
+        stream.write_all(UPLOAD).await.unwrap();
+        let _upstream = within(early).await.unwrap();
+        let mut status = [0; 12];
+        within(stream.read_exact(&mut status)).await.unwrap();
+        assert_eq!(&status, b"HTTP/1.1 200");
+        stream.write_all(b"1\r\nx\r\n").await.unwrap();
+        let mut rest = Vec::new();
+        let _ = within(stream.read_to_end(&mut rest)).await;
+        assert!(rest.ends_with(b"\r\n\r\n"), "nothing but the head: {}", String::from_utf8_lossy(&rest));
+        client.logged("outbound");
+    });
+}
+
+#[test]
+fn a_filter_that_answers_in_the_poll_that_brings_the_endpoints_head_is_heard() {
+    run(async {
+        let chain = crate::filter::Chain::of(crate::filter::Filters::default(), crate::filter::StreamInfo::default());
+        let stopping = chain.clone();
+        let answer = std::pin::pin!(async move {
+            stopping.stop_again(crate::filter::Stop::Local);
+            Err(outrigger_core::reason::Reason::UpstreamReset.into())
+        });
+        let answer = crate::http::filtered::unless_stopped(Some(chain), answer).await;
+        assert!(matches!(answer, Ok(crate::http::exchange::Answer::Filters)));
+    });
+}
+
+#[test]
+fn a_client_that_expects_a_word_is_told_to_go_on_by_nobody_while_a_filter_waits() {
+    run(async {
+        let app = app(|_| ok("never")).await;
+        let holding = APPENDING
+            .replace("proxy_on_request_body", "proxy_on_request_headers")
+            .replace("(i32.eqz (local.get 2))", "(i32.const 1)");
+        let (_client, outbound) = behind(app, &holding).await;
+        let mut stream = tokio::net::TcpStream::connect(outbound).await.unwrap();
+        let head = b"POST / HTTP/1.1\r\nhost: reviews\r\nexpect: 100-continue\r\ncontent-length: 4\r\n\r\n";
+        stream.write_all(head).await.unwrap();
+        let word = tokio::time::timeout(std::time::Duration::from_millis(100), stream.read_u8()).await;
+        assert!(word.is_err(), "{word:?}");
     });
 }

@@ -12,7 +12,7 @@ use http::Response;
 use http_body::Frame;
 use http_body_util::{BodyExt as _, Full};
 
-use super::super::super::{Answer, AnswerBody, CallOut, Chain, Outside, Plugin, connect};
+use super::super::super::{Answer, AnswerBody, CallOut, Chain, Outside, Plugin, connect, warm};
 use super::guest::{Bench, chain, exchange, head, import, on_headers, passed, texts};
 
 const FUNCTIONS: [(&str, usize); 16] = [
@@ -229,6 +229,81 @@ fn c77_a_queue_tells_after_the_callback() {
         assert_eq!(request(&stream.0).await.headers["x-told"], "2");
         stream.done();
     });
+}
+
+#[test]
+fn c77_who_fails_at_a_queue_hears_of_it_again() {
+    let bench = Bench::new();
+    // Each instance leaves itself a word as it starts.
+    let plugin = bench.plugin(&guest(
+        r#"(func (export "proxy_on_configure") (param i32 i32) (result i32)
+            (call $ok (call $register_shared_queue @q@ (i32.const 8)))
+            (call $ok (call $enqueue_shared_queue (i32.load (i32.const 8)) @a@))
+            (i32.const 1))
+        (func (export "proxy_on_queue_ready") (param i32 i32) unreachable)"#,
+    ));
+    on_worker(&Rc::default(), || async {
+        warm(&plugin);
+        let again = async {
+            while bench.plugins.status()[0].failures < 2 {
+                tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+            }
+        };
+        tokio::time::timeout(std::time::Duration::from_secs(10), again).await.unwrap();
+    });
+}
+
+#[test]
+fn a_plugin_that_refuses_its_configuration_leaves_nothing_in_a_shared_vm() {
+    let bench = Bench::new();
+    let ticking = guest(&format!(
+        r#"(global $roots (mut i32) (i32.const 0)) {}
+        (func (export "proxy_on_configure") (param i32 i32) (result i32)
+            (call $ok (call $set_tick_period_milliseconds (i32.const 1)))
+            (global.set $roots (i32.add (global.get $roots) (i32.const 1)))
+            ;; Alone it would be accepted.
+            (i32.eq (global.get $roots) (i32.const 1)))
+        (func (export "proxy_on_tick") (param i32) (call $is (local.get 0) (i32.const 1)))"#,
+        // Behind two roots: the instance is still the first one.
+        on_headers("request", "(call $is (local.get $context) (i32.const 3))", 0)
+    ));
+    let plugin = |configuration: &'static [u8]| {
+        bench.with(&ticking, |spec| {
+            spec.vm_id = "shared".into();
+            spec.configuration = configuration.to_vec().into();
+        })
+    };
+    let (first, second) = (plugin(b"1"), plugin(b"2"));
+    on_worker(&Rc::default(), || async {
+        warm(&first);
+        warm(&second);
+        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+        let outcome = exchange(&[first]).0;
+        assert!(passed(&outcome), "{outcome:?}");
+    });
+}
+
+#[test]
+fn messages_that_wait_are_bounded_by_number_too() {
+    let bench = Bench::new();
+    let body = format!(
+        "(call $ok (call $grpc_stream @authz@ @s.S@ @Watch@ {NONE} (i32.const 8)))
+         (block $full (loop $more
+            (br_if $full (call $grpc_send (i32.load (i32.const 8)) {NONE} (i32.const 0)))
+            (global.set $sent (i32.add (global.get $sent) (i32.const 1)))
+            (br $more)))
+         ;; Five bytes of each, and 64 beside them.
+         (if (i32.gt_u (global.get $sent) (i32.const 15196)) (then unreachable))
+         (if (i32.lt_u (global.get $sent) (i32.const 15000)) (then unreachable))"
+    );
+    let guest = guest(&format!("(global $sent (mut i32) (i32.const 0)) {}", on_headers("request", &body, 0)));
+    let upstream = outrigger_proto::mesh::filter::Upstream { namespace: "demo".into(), name: "authz".into(), port: 0 };
+    let plugin = bench.with(&guest, |spec| {
+        spec.upstreams = [("authz".to_owned(), upstream)].into();
+        spec.memory = 1 << 20;
+    });
+    let outcome = exchange(&[plugin]).0;
+    assert!(passed(&outcome), "{:?}", bench.plugins.status());
 }
 
 #[test]

@@ -270,3 +270,35 @@ fn a_body_does_not_grow_for_ever_by_small_writes() {
     driven.done();
     assert_eq!(bench.plugins.status()[0].failures, 0);
 }
+
+#[test]
+fn a_local_responses_headers_are_as_large_as_other_maps_at_most() {
+    let bench = Bench::new();
+    // One pair: `a`, and a value of so many bytes.
+    let reply = |value: u32, status: u32| {
+        format!(
+            "(memory.fill (i32.const 131086) (i32.const 118) (i32.const 65536))
+             (i32.store (i32.const 131072) (i32.const 1)) (i32.store (i32.const 131076) (i32.const 1))
+             (i32.store (i32.const 131080) (i32.const {value})) (i32.store8 (i32.const 131084) (i32.const 97))
+             (i32.store8 (i32.const {}) (i32.const 0))
+             (call $is (call $send_local_response (i32.const 403) (i32.const 0) (i32.const 0) (i32.const 0) (i32.const 0)
+                (i32.const 131072) (i32.const {}) (i32.const -1)) (i32.const {status}))",
+            131_086 + value,
+            15 + value
+        )
+    };
+    let body = format!("{} {}", reply(65_536, 2), reply(65_535, 0));
+    let plugins = [bench.plugin(&wat(&import(&[("send_local_response", 8)]), &on_headers("request", &body, 0)))];
+    let Outcome::Respond(response) = exchange(&plugins).0 else { panic!("{:?}", bench.plugins.status()) };
+    assert_eq!(response.headers()["a"].len(), 65_535);
+}
+
+#[test]
+fn one_fd_write_has_a_thousand_pieces_at_most() {
+    let bench = Bench::new();
+    let import = r#"(import "wasi_snapshot_preview1" "fd_write" (func $write (param i32 i32 i32 i32) (result i32)))"#;
+    let body = "(call $is (call $write (i32.const 1) (i32.const 1024) (i32.const 1025) (i32.const 0)) (i32.const 28))
+        (call $ok (call $write (i32.const 1) (i32.const 1024) (i32.const 1024) (i32.const 0)))";
+    let outcome = exchange(&[bench.plugin(&wat(import, &on_headers("request", body, 0)))]).0;
+    assert!(passed(&outcome), "{:?}", bench.plugins.status());
+}
