@@ -23,9 +23,9 @@ struct Status {
 struct Rejected {
     #[serde(flatten)]
     rejection: Rejection,
-    /// An earlier version of it goes on serving.
-    #[serde(default, alias = "lastGood")]
-    last_good: bool,
+    /// What goes on in its place: `last good`, `nothing`, or `closed`
+    #[serde(default)]
+    serving: String,
 }
 
 /// A call that was refused.
@@ -71,7 +71,8 @@ pub(crate) fn run(global: &Global) -> anyhow::Result<ExitCode> {
         Format::Json => output::json(&serde_json::json!({ "status": status, "proxies": proxies }))?,
         Format::Table => output::line(render(&parsed, &rows).trim_end())?,
     }
-    let well = parsed.rejections.is_empty() && rows.iter().all(|proxy| proxy.nacks.is_empty());
+    // What a proxy that is away refused says nothing about now.
+    let well = parsed.rejections.is_empty() && rows.iter().all(|proxy| !proxy.connected || proxy.nacks.is_empty());
     Ok(if well { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
@@ -93,8 +94,8 @@ fn render(status: &Status, proxies: &[Proxy]) -> String {
         &["PROXY", "RESOURCE", "REASON"],
         nacks,
     );
-    let rejected = status.rejections.iter().map(|Rejected { rejection, last_good }| {
-        let serving = if *last_good { "earlier version" } else { "nothing" };
+    let rejected = status.rejections.iter().map(|Rejected { rejection, serving }| {
+        let serving = if serving == "last good" { "earlier version" } else { serving };
         vec![rejection.to_string(), serving.to_owned()]
     });
     section(&mut text, "\nrejected resources:\n", &["RESOURCE AND REASON", "SERVING"], rejected);
@@ -124,5 +125,25 @@ fn section(text: &mut String, title: &str, header: &[&str], rows: impl Iterator<
     if !rows.is_empty() {
         text.push_str(title);
         text.push_str(&table(header, &rows));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn what_serves_in_place_of_a_rejected_resource_is_named() {
+        let rejection = |serving: &str| {
+            json!({"file": "p.yaml", "line": 1, "kind": "MtlsPolicy", "namespace": "demo", "name": "p", "field": "spec",
+                "reason": "bad", "serving": serving})
+        };
+        for (serving, shown) in [("last good", "earlier version"), ("closed", "closed"), ("nothing", "nothing")] {
+            let status: Status = serde_json::from_value(json!({"rejections": [rejection(serving)]})).unwrap();
+            let text = render(&status, &[]);
+            assert!(text.trim_end().ends_with(shown), "{text}");
+        }
     }
 }

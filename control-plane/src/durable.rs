@@ -64,21 +64,22 @@ impl Log {
     /// # Errors
     /// Those of the file system, and a line that is not what was written.
     pub fn open<T: DeserializeOwned>(path: PathBuf) -> io::Result<(Self, Vec<T>)> {
-        let text = match fs::read_to_string(&path) {
+        // Bytes: a line may be cut within a character.
+        let text = match fs::read(&path) {
             Ok(text) => text,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => String::new(),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
             Err(error) => return Err(error),
         };
         let mut entries = Vec::new();
-        for line in text.split_inclusive('\n') {
-            match serde_json::from_str(line) {
+        for line in text.split_inclusive(|byte| *byte == b'\n') {
+            match serde_json::from_slice(line) {
                 Ok(entry) => entries.push(entry),
-                Err(_) if !line.ends_with('\n') => {}
+                Err(_) if !line.ends_with(b"\n") => {}
                 Err(error) => return Err(io::Error::other(format!("{}: {error}", path.display()))),
             }
         }
         // Without a file the next writing replaces it: so it does after a cut line.
-        let file = if text.ends_with('\n') { Some(OpenOptions::new().append(true).open(&path)?) } else { None };
+        let file = if text.ends_with(b"\n") { Some(OpenOptions::new().append(true).open(&path)?) } else { None };
         Ok((Self { path, file, lines: entries.len() }, entries))
     }
 
@@ -157,6 +158,10 @@ mod tests {
         assert!(log.grows(1, 4));
         log.append(&[5], &[1, 2, 3, 5]).unwrap();
         assert_eq!(Log::open::<u32>(path.clone()).unwrap().1, [1, 2, 3, 5]);
+        // A line that was cut within a character.
+        let words = directory.path().join("words");
+        fs::write(&words, b"\"\xc3\xa4\"\n\"\xc3").unwrap();
+        assert_eq!(Log::open::<String>(words).unwrap().1, ["ä"]);
         // It does not grow for ever.
         for n in 0..1100_u32 {
             let all = if log.grows(1, 1) { vec![n] } else { Vec::new() };

@@ -2,6 +2,7 @@
 //!
 //! A filter that is attached here is a WasmFilter in a file below `--state`, read like those of `--config`.
 
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -13,7 +14,7 @@ use axum::routing::{get, put};
 use axum::{Json, Router};
 use outrigger_core::compile::Client;
 use outrigger_core::key::Key;
-use outrigger_core::resource::{self, Loaded, ModuleSource, Resource, ResourceId};
+use outrigger_core::resource::{self, Loaded, ModuleSource, Rejection, Resource, ResourceId};
 use outrigger_proto::{mesh as wire, type_url};
 use prost::Message;
 use serde_json::{Value, json};
@@ -34,10 +35,31 @@ pub(crate) fn routes() -> Router<Api> {
         .route("/api/v1/modules", put(push).layer(DefaultBodyLimit::max(limit)))
 }
 
-/// Every WasmFilter, as proxies get it, and how each that has it does.
+/// Every WasmFilter, as proxies get it, and how each that has it does; last those of which no version was accepted.
 fn rows(api: &Api) -> Value {
     let now = api.mesh.now();
-    filters(&now).map(|loaded| row(api, &now, loaded)).collect()
+    let held: BTreeSet<&ResourceId> = filters(&now).map(|loaded| &loaded.id).collect();
+    let refused = now.accepted.rejected.iter().map(|rejected| &rejected.rejection).filter(|rejection| {
+        rejection.kind == KIND && !held.iter().any(|id| is(id, &rejection.namespace, &rejection.name))
+    });
+    filters(&now).map(|loaded| row(api, &now, loaded)).chain(refused.map(refused_row)).collect()
+}
+
+/// A WasmFilter of which there is nothing but why.
+fn refused_row(rejection: &Rejection) -> Value {
+    json!({
+        "namespace": rejection.namespace,
+        "name": rejection.name,
+        "source": format!("{}:{}", rejection.file, rejection.line),
+        "module": "",
+        "usable": false,
+        "problem": rejection.to_string(),
+        "sha256": null,
+        "size": null,
+        "failOpen": null,
+        "order": null,
+        "proxies": [],
+    })
 }
 
 fn filters(now: &Published) -> impl Iterator<Item = &Arc<Loaded>> {

@@ -272,6 +272,20 @@ impl Mesh {
         }
     }
 
+    /// [`Mesh::rebuild`] for a withdrawal: what became other since `before`, the state of before it, though another build
+    /// may have taken it along.
+    pub async fn withdrawn(self: &Arc<Self>, before: Arc<Published>, name: Name) -> Changed {
+        let changed = self.rebuild().await;
+        if changed.before.generation == before.generation {
+            return changed;
+        }
+        let state = before.clone();
+        let change = Change { resources: Vec::new(), registrations: vec![(name, None)] };
+        let topics = tokio::task::spawn_blocking(move || Some(state.catalog.changed(&change)?.1)).await;
+        let touched = topics.ok().flatten().map_or(Touched::All, Touched::Topics);
+        Changed { before, after: changed.after, touched }
+    }
+
     /// Follows files and registrations until dropped.
     pub async fn run(self: Arc<Self>, mut noticed: Noticed) {
         let mut rescan = tokio::time::interval_at(tokio::time::Instant::now() + RESCAN, RESCAN);

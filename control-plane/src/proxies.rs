@@ -274,7 +274,7 @@ impl Proxy {
         let (_, _, subscription) = stream.subscriptions().find(|(kind, of, _)| *kind == type_url && *of == name)?;
         let latest = now.answer(type_url, key, &self.client);
         let latest = latest.map_or(Held::Absent, |found| Held::Version(found.version.clone()));
-        let reason = subscription.rejected.as_ref().map(|rejected| rejected.reason.clone());
+        let reason = subscription.refusal(&latest).map(|rejected| rejected.reason.clone());
         let state = match &reason {
             Some(_) => Applied::Refused,
             None if subscription.acked.as_ref() == Some(&latest) => Applied::Applied,
@@ -301,7 +301,7 @@ impl Proxy {
                 Err(_) => None,
             };
             let latest = latest.map_or(Held::Absent, |found| Held::Version(found.version.clone()));
-            match &subscription.rejected {
+            match subscription.refusal(&latest) {
                 Some(rejected) => nacks.push(NackRow {
                     name: name.to_owned(),
                     resource: name.to_owned(),

@@ -119,11 +119,12 @@ impl Registry for Service {
         same_identity(&leaf, &name.0, &account)
             .and_then(|()| self.grants.permits_withdrawal(&leaf, &name.1))
             .map_err(|reason| self.deny("withdraw", &leaf, reason))?;
+        let before = self.mesh.now();
         if !self.mesh.leases().withdraw(&name) {
             return Ok(Response::new(WithdrawResponse { confirmed: true }));
         }
         tracing::info!(namespace = %name.0, workload = %name.1, "withdrawn");
-        let changed = self.mesh.rebuild().await;
+        let changed = self.mesh.withdrawn(before, name).await;
         let confirmed = self.proxies.confirmed(&changed, CONFIRM).await;
         Ok(Response::new(WithdrawResponse { confirmed }))
     }

@@ -167,7 +167,7 @@ fn wait(args: &Attach, control: &Control) -> anyhow::Result<Filter> {
         let filters = status::read(control)?;
         let found = filters.into_iter().find(|filter| filter.namespace == args.namespace && filter.name == args.name);
         let filter = found.context("the filter was taken away again")?;
-        if filter.settled() || Instant::now() >= until {
+        if (filter.settled() && !filter.fetching()) || Instant::now() >= until {
             return Ok(filter);
         }
         std::thread::sleep(POLL);

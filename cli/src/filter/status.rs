@@ -65,23 +65,33 @@ struct Report {
 impl Filter {
     /// Every connected proxy that has it said yes or no, and there is one.
     pub(super) fn settled(&self) -> bool {
-        let mut connected = self.proxies.iter().filter(|served| served.proxy.connected).peekable();
+        let mut connected = self.connected().peekable();
         connected.peek().is_some() && connected.all(|served| served.proxy.state != "pending")
     }
 
     /// Every connected proxy that has it serves by it, and there is one.
     pub(super) fn serves(&self) -> bool {
-        let applied = |served: &&Served| served.proxy.connected && served.proxy.state == "applied";
-        self.settled() && self.problem.is_none() && self.proxies.iter().filter(applied).count() > 0 && !self.refused()
+        let applied = |served: &Served| served.proxy.state == "applied";
+        self.settled() && self.problem.is_none() && self.connected().all(applied)
+    }
+
+    /// The control plane does not have its module yet: what proxies said is of the version before.
+    pub(super) fn fetching(&self) -> bool {
+        self.problem.as_ref().is_some_and(|problem| problem.ends_with(" is not fetched yet"))
     }
 
     fn refused(&self) -> bool {
-        self.proxies.iter().any(|served| served.proxy.state == "refused")
+        self.connected().any(|served| served.proxy.state == "refused")
     }
 
     fn fails(&self) -> bool {
         let failing = |served: &Served| served.report.as_ref().is_some_and(|report| report.health != "running");
-        self.problem.is_some() || self.refused() || self.proxies.iter().any(failing)
+        self.problem.is_some() || self.refused() || self.connected().any(failing)
+    }
+
+    /// What a proxy that is away said last says nothing about now.
+    fn connected(&self) -> impl Iterator<Item = &Served> {
+        self.proxies.iter().filter(|served| served.proxy.connected)
     }
 }
 
@@ -181,6 +191,21 @@ mod tests {
         assert!(!filter("pending", "running").settled());
         assert!(filter("refused", "running").settled() && !filter("refused", "running").serves());
         assert!(filter("applied", "backing-off").fails());
+    }
+
+    #[test]
+    fn only_connected_proxies_count() {
+        let mut two = filter("applied", "running");
+        for (state, health) in [("refused", "running"), ("applied", "backing-off")] {
+            two.proxies.truncate(1);
+            two.proxies.extend(filter(state, health).proxies);
+            assert!(two.fails(), "{state} {health}");
+            two.proxies.last_mut().unwrap().proxy.connected = false;
+            assert!(two.serves() && !two.fails(), "{state} {health}");
+        }
+        assert!(!two.fetching());
+        two.problem = Some("f.yaml:1: WasmFilter demo/f: spec.module: oci://r.example/f is not fetched yet".into());
+        assert!(two.fetching() && two.fails());
     }
 
     #[test]

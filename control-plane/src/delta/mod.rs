@@ -90,6 +90,13 @@ pub struct Subscription {
     pub rejected: Option<Rejected>,
 }
 
+impl Subscription {
+    /// The refusal of this version; what was refused before it says nothing about it.
+    pub fn refusal(&self, latest: &Held) -> Option<&Rejected> {
+        self.rejected.as_ref().filter(|rejected| rejected.held == *latest)
+    }
+}
+
 /// What handling a request led to.
 #[derive(Debug, Default)]
 pub struct Outcome {

@@ -262,3 +262,18 @@ fn responses_are_of_bounded_size() {
     assert_eq!(responses.len(), 3);
     assert!(responses.iter().all(|response| response.resources.len() == 1));
 }
+
+#[test]
+fn a_refusal_is_of_the_version_that_was_refused() {
+    let mut mesh = Mesh::default();
+    let mut stream = Stream::default();
+    mesh.set("svc/demo/a", "1");
+    let first = stream.request(&ask(&["svc/demo/a"]), &mesh).unwrap().responses;
+    stream.request(&nack(&first[0], &["svc/demo/a"]), &mesh).unwrap();
+    mesh.set("svc/demo/a", "2");
+    stream.changed(&Look::All, &mesh);
+    let subscription = stream.subscription(SERVICE, "svc/demo/a").unwrap();
+    assert!(subscription.refusal(&Held::Version("v-1".into())).is_some());
+    // Not answered yet.
+    assert!(subscription.refusal(&Held::Version("v-2".into())).is_none());
+}

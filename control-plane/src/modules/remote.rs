@@ -64,6 +64,16 @@ pub enum FetchError {
         "there is a login for {0} in --registry-config, which is not sent in plaintext; use https, or allow it with --registry-plain-http {0}"
     )]
     Plaintext(String),
+    /// The same, on the way to a registry's token server
+    #[error(
+        "the token server {realm} of {registry} is spoken to in plaintext, and the login in --registry-config is not sent to it; have the registry name an https realm, or allow it with --registry-plain-http {realm}"
+    )]
+    PlaintextRealm {
+        /// The registry
+        registry: String,
+        /// Host of the token server
+        realm: String,
+    },
     /// It took too long
     #[error("not complete after {WHOLE:?}")]
     Timeout,
@@ -156,6 +166,7 @@ impl Fetcher {
         // Not `new`, which goes on without this configuration if it cannot be used.
         let client = Client::try_from(config).map_err(remote)?;
         let auth = self.credentials(registry)?;
+        self.check_realm(registry, &auth).await?;
         let (manifest, _) = client.pull_image_manifest(&image, &auth).await.map_err(remote)?;
         let modules = manifest.layers.iter().filter(|layer| LAYERS.contains(&layer.media_type.as_str()));
         let modules: Vec<_> = modules.collect();
@@ -174,6 +185,22 @@ impl Fetcher {
         // Verifies the layer's digest, which the manifest names, whose digest the reference may name.
         client.pull_blob(&image, layer, &mut module).await.map_err(remote)?;
         Ok(module.bytes)
+    }
+
+    /// Whether the login for a registry stays secret on its way to the token server. The client of registries does not tell
+    /// where it sends it, so the registry is asked before.
+    async fn check_realm(&self, registry: &str, auth: &RegistryAuth) -> Result<(), FetchError> {
+        if !matches!(auth, RegistryAuth::Basic(..)) || self.plain(registry) {
+            return Ok(());
+        }
+        let asked = self.web()?.get(format!("https://{registry}/v2/")).send().await;
+        let response = asked.map_err(|error| FetchError::Remote(chain(&error)))?;
+        let challenges = response.headers().get_all(reqwest::header::WWW_AUTHENTICATE);
+        let mut realms = challenges.iter().filter_map(|challenge| plain_realm(challenge.to_str().ok()?));
+        match realms.find(|realm| !self.plain(realm)) {
+            Some(realm) => Err(FetchError::PlaintextRealm { registry: registry.to_owned(), realm }),
+            None => Ok(()),
+        }
     }
 
     /// A client of web servers.
@@ -232,6 +259,14 @@ fn of_index(images: &[ImageIndexEntry]) -> Option<String> {
     };
     let only = || images.first().filter(|_| images.len() == 1);
     images.iter().find(wasm).or_else(only).map(|image| image.digest.clone())
+}
+
+/// The host of a challenge's token server, where it is spoken to in plaintext.
+fn plain_realm(challenge: &str) -> Option<String> {
+    let challenge = challenge.to_ascii_lowercase();
+    let (_, realm) = challenge.split_once("realm=")?;
+    let rest = realm.trim_start_matches('"').strip_prefix("http://")?;
+    rest.split(['/', '?', '#', '"', ',']).next().map(str::to_owned)
 }
 
 fn is_loopback(registry: &str) -> bool {

@@ -5,7 +5,7 @@ use std::fs;
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use outrigger_core::compile::Module;
 use outrigger_core::resource::ModuleSource;
@@ -18,6 +18,8 @@ pub const MAX_MODULE: u64 = 64 * 1024 * 1024;
 
 /// A module that no filter uses is held this long.
 const UNUSED: Duration = Duration::from_secs(24 * 3600);
+/// A file's time says when its module was last used, as exactly as this.
+const TOUCH: Duration = Duration::from_secs(3600);
 /// In the modules' directory: the module of each source.
 const SOURCES: &str = "sources.json";
 
@@ -32,6 +34,8 @@ pub struct ModuleStore {
     /// writing, a registry that does not answer)
     last: BTreeMap<ModuleSource, Module>,
     held: BTreeMap<String, u64>,
+    /// In use when it was last asked: nothing may have changed for days until one is replaced
+    used: BTreeSet<String>,
 }
 
 type Stamp = (u64, i64, i64, u64);
@@ -56,7 +60,7 @@ impl ModuleStore {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
             Err(error) => return Err(error),
         };
-        Ok(Self { directory, seen: HashMap::new(), last: last.into_iter().collect(), held })
+        Ok(Self { directory, seen: HashMap::new(), last: last.into_iter().collect(), held, used: BTreeSet::new() })
     }
 
     /// What the `wanted` sources give. Files are read, unless they are unchanged; of what cannot be read the last module goes on.
@@ -128,19 +132,27 @@ impl ModuleStore {
         Ok(module)
     }
 
-    /// Forgets modules that are not among `used` and were written more than a day ago: a proxy may still be fetching
-    /// a newer one, and a pushed one be attached.
+    /// Forgets modules that are not among `used`, and were neither used nor written for a day: a proxy may still be fetching
+    /// one, a pushed one be attached, and an update be taken back.
     pub fn prune(&mut self, used: &BTreeSet<String>) {
         let directory = &self.directory;
-        let old = |path: &Path| {
-            let written = fs::metadata(path).and_then(|metadata| metadata.modified());
-            written.is_ok_and(|at| at.elapsed().is_ok_and(|age| age > UNUSED))
+        let older = |path: &Path, than: Duration| {
+            let touched = fs::metadata(path).and_then(|metadata| metadata.modified());
+            touched.is_ok_and(|at| at.elapsed().is_ok_and(|age| age > than))
         };
         let kept = |digest: &String| {
             let path = directory.join(digest);
-            used.contains(digest) || !old(&path) || fs::remove_file(&path).is_err()
+            let used_now = used.contains(digest);
+            if (used_now || self.used.contains(digest)) && older(&path, TOUCH) {
+                let touched = fs::File::options().write(true).open(&path);
+                if let Err(error) = touched.and_then(|file| file.set_modified(SystemTime::now())) {
+                    tracing::warn!(%digest, %error, "when the module was last used cannot be noted");
+                }
+            }
+            used_now || !older(&path, UNUSED) || fs::remove_file(&path).is_err()
         };
         self.held.retain(|digest, _| kept(digest));
+        self.used.clone_from(used);
     }
 
     /// Sizes of everything held, by digest.
@@ -196,6 +208,29 @@ mod tests {
         assert!(store.load([&new].into_iter()).is_empty());
         assert_eq!(store.last().get(&old), Some(&module));
         assert_eq!(store.load([&old].into_iter()).get(&old), Some(&module));
+    }
+
+    #[test]
+    fn a_module_stays_for_a_day_after_its_last_use() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut store = ModuleStore::open(directory.path().to_owned()).unwrap();
+        let (used, unused) = (store.add(b"used").unwrap().sha256, store.add(b"unused").unwrap().sha256);
+        let age = |digest: &str| {
+            let file = fs::File::options().write(true).open(directory.path().join(digest)).unwrap();
+            file.set_modified(SystemTime::now() - 2 * UNUSED).unwrap();
+        };
+        let held = |store: &ModuleStore| store.held().into_keys().collect::<Vec<_>>();
+        age(&used);
+        age(&unused);
+        store.prune(&BTreeSet::from([used.clone()]));
+        assert_eq!(held(&store), std::slice::from_ref(&used));
+        // Days later it is replaced.
+        age(&used);
+        store.prune(&BTreeSet::new());
+        assert_eq!(held(&store), std::slice::from_ref(&used));
+        age(&used);
+        store.prune(&BTreeSet::new());
+        assert!(held(&store).is_empty());
     }
 
     #[test]

@@ -161,6 +161,14 @@ impl Engine {
     /// A new connection: what was not acknowledged on the old one never will be.
     pub(crate) fn connected(&mut self) -> Vec<DeltaDiscoveryRequest> {
         self.open.clear();
+        // The other side may be back at the version that is held and send nothing, and what is pending would go in after
+        // all: it is asked for again, and the answer supersedes it.
+        let services = self.pending_services.keys().map(|name| (Kind::Service, name));
+        let filters = self.preparing.keys().map(|name| (Kind::Filter, name));
+        let inbound = self.pending_inbound.iter().map(|pending| (Kind::SelfOf, &pending.resource.name));
+        for (kind, name) in services.chain(filters).chain(inbound) {
+            self.subscriptions.forget(kind, name);
+        }
         self.subscriptions.first()
     }
 

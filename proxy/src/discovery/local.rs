@@ -1,6 +1,7 @@
 //! No control plane: a directory of YAML, compiled by the same code, answers the same subscriptions.
 
 use std::collections::{BTreeMap, HashMap};
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -21,6 +22,8 @@ use crate::identity::IdentityStore;
 
 /// Editors write a file in several steps; changes within this time are read once.
 const DEBOUNCE: Duration = Duration::from_millis(100);
+/// How often a first reading that failed is tried again, beside when something changes.
+const REREAD: Duration = Duration::from_secs(5);
 
 /// A directory of YAML as the source of configuration.
 #[derive(Debug, Clone)]
@@ -37,9 +40,15 @@ pub struct Local {
     modules: Arc<Mutex<HashMap<String, Bytes>>>,
 }
 
-/// What a directory said last, per resource.
+/// What a directory said last.
 #[derive(Default)]
-struct LastGood(BTreeMap<ResourceId, Arc<Loaded>>);
+struct LastGood {
+    resources: BTreeMap<ResourceId, Arc<Loaded>>,
+    /// What fails closed, by the file that says so
+    closed: Vec<(String, ClosedPolicy)>,
+    /// Files and directories that could not be read
+    unread: Vec<PathBuf>,
+}
 
 /// What was said to the engine: versions by kind and name; `None` is absence.
 type Said = BTreeMap<(String, String), Option<String>>;
@@ -62,7 +71,7 @@ impl Local {
         let _watcher = watch(&self.directory, sender.clone());
         let mut certificates = self.identity.subscribe();
         let mut last_good = LastGood::default();
-        let mut catalog = self.load(&mut last_good);
+        let Some(mut catalog) = self.first(&mut last_good, &mut changes, &events).await else { return };
         let (queue, mut requests) = mpsc::unbounded_channel();
         let mut said = Said::new();
         for event in [Event::Opening(Requests { queue, node: None }), Event::Up] {
@@ -83,7 +92,8 @@ impl Local {
             if ask_again {
                 tokio::time::sleep(DEBOUNCE).await;
                 while changes.try_recv().is_ok() {}
-                catalog = self.load(&mut last_good);
+                let known = std::mem::take(&mut last_good.unread);
+                catalog = self.load(&mut last_good, &known);
             }
             while let Ok(request) = requests.try_recv() {
                 subscribe(&mut said, &request);
@@ -92,6 +102,33 @@ impl Local {
                 if events.send(Event::Response(response)).await.is_err() {
                     return;
                 }
+            }
+        }
+    }
+
+    /// The first reading. What cannot be read may be a policy, and no earlier version of it is held: nothing is answered
+    /// until it can be. `None`: nobody asks any more.
+    async fn first(
+        &self,
+        last_good: &mut LastGood,
+        changes: &mut mpsc::Receiver<()>,
+        events: &mpsc::Sender<Event>,
+    ) -> Option<Catalog> {
+        let mut known = Vec::new();
+        loop {
+            let catalog = self.load(last_good, &known);
+            if last_good.unread.is_empty() {
+                return Some(catalog);
+            }
+            if known != last_good.unread {
+                let directory = self.directory.display();
+                tracing::error!(%directory, "nothing serves until every file of --config can be read: repair or remove those named");
+                known.clone_from(&last_good.unread);
+            }
+            tokio::select! {
+                _ = changes.recv() => tokio::time::sleep(DEBOUNCE).await,
+                () = tokio::time::sleep(REREAD) => {}
+                () = events.closed() => return None,
             }
         }
     }
@@ -143,44 +180,31 @@ impl Local {
         endpoints.encode_to_vec().into()
     }
 
-    /// Reads and compiles everything. What is bad is logged, and its last good version stays.
-    fn load(&self, last_good: &mut LastGood) -> Catalog {
-        let mut found: BTreeMap<ResourceId, Arc<Loaded>> = BTreeMap::new();
-        let mut closed = Vec::new();
-        for file in yaml_files(&self.directory) {
-            let name = file.display().to_string();
-            let text = match std::fs::read_to_string(&file) {
-                Ok(text) => text,
-                Err(error) => {
-                    tracing::error!(file = name, %error, "cannot be read");
-                    continue;
-                }
-            };
-            let parsed = resource::parse(&name, &text);
-            for skipped in &parsed.skipped {
-                tracing::info!("{skipped}");
+    /// Reads and compiles everything. What is bad is logged, unless it is among `known`, and its last good version stays.
+    fn load(&self, last_good: &mut LastGood, known: &[PathBuf]) -> Catalog {
+        let mut now = LastGood::default();
+        let unreadable = |path: PathBuf, error: &std::io::Error, now: &mut LastGood| {
+            if !known.contains(&path) {
+                tracing::error!(file = %path.display(), %error, "cannot be read; what it said before stays");
             }
-            for loaded in parsed.resources {
-                found.insert(loaded.id.clone(), Arc::new(loaded));
-            }
-            for rejection in parsed.rejections {
-                tracing::error!("{rejection}");
-                let id = ResourceId {
-                    kind: rejection.kind.clone(),
-                    namespace: rejection.namespace.clone(),
-                    name: rejection.name.clone(),
-                };
-                match (last_good.0.get(&id), rejection.closes.clone()) {
-                    (Some(good), _) => {
-                        found.insert(id, good.clone());
-                    }
-                    (None, Some(closes)) => closed.push(ClosedPolicy { closes, reason: rejection.to_string() }),
-                    (None, None) => {}
-                }
+            now.unread.push(path);
+        };
+        let (files, unlisted) = yaml_files(&self.directory);
+        for (directory, error) in unlisted {
+            unreadable(directory, &error, &mut now);
+        }
+        for file in files {
+            match std::fs::read_to_string(&file) {
+                Ok(text) => take(&file.display().to_string(), &text, last_good, &mut now),
+                // Gone since it was listed: another event follows.
+                Err(error) if error.kind() == ErrorKind::NotFound && !file.is_symlink() => {}
+                Err(error) => unreadable(file, &error, &mut now),
             }
         }
-        last_good.0 = found;
-        let (catalog, rejections) = Catalog::build(self.inputs(&last_good.0, closed));
+        now.keep_unread(last_good);
+        *last_good = now;
+        let closed = last_good.closed.iter().map(|(_, closed)| closed.clone()).collect();
+        let (catalog, rejections) = Catalog::build(self.inputs(&last_good.resources, closed));
         for rejection in rejections {
             tracing::error!("{rejection}");
         }
@@ -235,6 +259,46 @@ impl Local {
     }
 }
 
+impl LastGood {
+    /// What files that cannot be read said before, they say still; what another file says now goes before it.
+    fn keep_unread(&mut self, before: &Self) {
+        let unread: Vec<PathBuf> = self.unread.iter().map(|path| path.display().to_string().into()).collect();
+        let kept = |file: &str| unread.iter().any(|path| Path::new(file).starts_with(path));
+        for (id, loaded) in before.resources.iter().filter(|(_, loaded)| kept(&loaded.file)) {
+            self.resources.entry(id.clone()).or_insert_with(|| loaded.clone());
+        }
+        self.closed.extend(before.closed.iter().filter(|(file, _)| kept(file)).cloned());
+    }
+}
+
+/// What the text of a file says; of what is bad in it, the version before.
+fn take(file: &str, text: &str, before: &LastGood, now: &mut LastGood) {
+    let parsed = resource::parse(file, text);
+    for skipped in &parsed.skipped {
+        tracing::info!("{skipped}");
+    }
+    for loaded in parsed.resources {
+        now.resources.insert(loaded.id.clone(), Arc::new(loaded));
+    }
+    for rejection in parsed.rejections {
+        tracing::error!("{rejection}");
+        let id = ResourceId {
+            kind: rejection.kind.clone(),
+            namespace: rejection.namespace.clone(),
+            name: rejection.name.clone(),
+        };
+        match (before.resources.get(&id), rejection.closes.clone()) {
+            (Some(good), _) => {
+                now.resources.insert(id, good.clone());
+            }
+            (None, Some(closes)) => {
+                now.closed.push((file.to_owned(), ClosedPolicy { closes, reason: rejection.to_string() }));
+            }
+            (None, None) => {}
+        }
+    }
+}
+
 fn subscribe(said: &mut Said, request: &DeltaDiscoveryRequest) {
     if let Some(error) = &request.error_detail {
         tracing::error!(problem = error.message, "a compiled resource was refused");
@@ -247,21 +311,28 @@ fn subscribe(said: &mut Said, request: &DeltaDiscoveryRequest) {
     }
 }
 
-/// Every `.yaml` and `.yml` below, in order of names.
-fn yaml_files(directory: &Path) -> Vec<PathBuf> {
+/// Every `.yaml` and `.yml` below, in order of names, and the directories that cannot be listed.
+fn yaml_files(directory: &Path) -> (Vec<PathBuf>, Vec<(PathBuf, std::io::Error)>) {
     let mut files = Vec::new();
+    let mut unlisted = Vec::new();
     let mut directories = vec![directory.to_owned()];
-    while let Some(directory) = directories.pop() {
-        let entries = match std::fs::read_dir(&directory) {
+    while let Some(below) = directories.pop() {
+        let entries = std::fs::read_dir(&below).and_then(Iterator::collect::<std::io::Result<Vec<_>>>);
+        let entries = match entries {
             Ok(entries) => entries,
+            // Gone since it was listed; the directory itself is only away.
+            Err(error) if error.kind() == ErrorKind::NotFound && below != directory => continue,
             Err(error) => {
-                tracing::error!(directory = %directory.display(), %error, "cannot be read");
+                unlisted.push((below, error));
                 continue;
             }
         };
-        for path in entries.filter_map(|entry| entry.ok().map(|entry| entry.path())) {
-            let hidden = path.file_name().is_some_and(|name| name.to_string_lossy().starts_with('.'));
-            if path.is_dir() && !hidden {
+        for entry in entries {
+            let path = entry.path();
+            let hidden = entry.file_name().to_string_lossy().starts_with('.');
+            // The listing tells it even of a directory that may not be entered.
+            let is_directory = entry.file_type().is_ok_and(|kind| kind.is_dir()) || path.is_dir();
+            if is_directory && !hidden {
                 directories.push(path);
             } else if !hidden && path.extension().is_some_and(|extension| extension == "yaml" || extension == "yml") {
                 files.push(path);
@@ -269,7 +340,7 @@ fn yaml_files(directory: &Path) -> Vec<PathBuf> {
         }
     }
     files.sort();
-    files
+    (files, unlisted)
 }
 
 /// Without notifications the configuration still serves; it is only not reloaded.
@@ -285,4 +356,69 @@ fn watch(directory: &Path, changes: mpsc::Sender<()>) -> Option<notify::Recommen
         Ok(watcher)
     });
     watching.inspect_err(|error| tracing::warn!(%error, "the directory is not watched: changes need a restart")).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SERVICE: &str = "\
+apiVersion: v1
+kind: Service
+metadata: {name: NAME, namespace: demo}
+spec: {selector: {app: NAME}, ports: [{name: http, port: 80}]}
+";
+    const BAD_POLICY: &str = "\
+apiVersion: outrigger.dev/v1alpha1
+kind: AuthorizationPolicy
+metadata: {name: p, namespace: demo}
+spec: {action: Perhaps}
+";
+
+    fn local(directory: &Path) -> Local {
+        let client = Client { namespace: "demo".into(), workload: "web-0".into(), service_account: "web".into() };
+        Local::new(directory.to_owned(), None, client, IdentityStore::new(None))
+    }
+
+    #[test]
+    fn what_cannot_be_read_says_what_it_said_before() {
+        let directory = tempfile::tempdir().unwrap();
+        let at = |name: &str| directory.path().join(name);
+        let (local, mut last_good) = (local(directory.path()), LastGood::default());
+        std::fs::write(at("a.yaml"), SERVICE.replace("NAME", "a")).unwrap();
+        std::fs::write(at("b.yaml"), SERVICE.replace("NAME", "b")).unwrap();
+        std::fs::write(at("p.yaml"), BAD_POLICY).unwrap();
+        local.load(&mut last_good, &[]);
+        assert_eq!((last_good.resources.len(), last_good.closed.len()), (2, 1));
+        // Neither is text.
+        std::fs::write(at("a.yaml"), [0xff]).unwrap();
+        std::fs::write(at("p.yaml"), [0xff]).unwrap();
+        std::fs::remove_file(at("b.yaml")).unwrap();
+        for _ in 0..2 {
+            local.load(&mut last_good, &[]);
+            let names: Vec<_> = last_good.resources.keys().map(|id| id.name.as_str()).collect();
+            assert_eq!((names, last_good.closed.len()), (vec!["a"], 1));
+            assert_eq!(last_good.unread, [at("a.yaml"), at("p.yaml")]);
+        }
+        std::fs::remove_file(at("a.yaml")).unwrap();
+        std::fs::remove_file(at("p.yaml")).unwrap();
+        local.load(&mut last_good, &[]);
+        assert!(last_good.resources.is_empty() && last_good.closed.is_empty() && last_good.unread.is_empty());
+    }
+
+    #[tokio::test]
+    async fn nothing_is_answered_before_everything_could_be_read_once() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("a.yaml");
+        std::fs::write(&file, [0xff]).unwrap();
+        let (local, mut last_good) = (local(directory.path()), LastGood::default());
+        let (changed, mut changes) = mpsc::channel(1);
+        let (events, _receiver) = mpsc::channel(1);
+        let waiting = local.first(&mut last_good, &mut changes, &events);
+        assert!(tokio::time::timeout(Duration::from_millis(200), waiting).await.is_err());
+        std::fs::write(&file, SERVICE.replace("NAME", "a")).unwrap();
+        changed.send(()).await.unwrap();
+        assert!(local.first(&mut last_good, &mut changes, &events).await.is_some());
+        assert_eq!(last_good.resources.len(), 1);
+    }
 }

@@ -35,12 +35,12 @@ impl Remote {
         loop {
             self.identity.ready().await;
             let mut certificates = self.identity.subscribe();
-            let (why, answered) = tokio::select! {
+            let (why, well) = tokio::select! {
                 ended = stream(self.control.channel(), &self.workload, &events) => ended,
                 // The control plane would end the stream when the old certificate expires.
                 () = renewed(&mut certificates, &self.identity) => ("reconnecting with the renewed certificate".to_owned(), true),
             };
-            if answered {
+            if well {
                 backoff = BACKOFF;
             }
             if events.send(Event::Down(why)).await.is_err() {
@@ -69,7 +69,7 @@ async fn renewed(changes: &mut watch::Receiver<u64>, identity: &IdentityStore) {
     std::future::pending::<()>().await;
 }
 
-/// One stream to its end: why it ended, and whether anything came over it.
+/// One stream to its end: why it ended, and whether it was well until then, so that the next one need not wait.
 pub(super) async fn stream(channel: Channel, workload: &str, events: &mpsc::Sender<Event>) -> (String, bool) {
     let (requests, queue) = mpsc::unbounded_channel();
     let node = Node { id: workload.to_owned(), cluster: String::new() };
@@ -95,7 +95,8 @@ pub(super) async fn stream(channel: Channel, workload: &str, events: &mpsc::Send
                 }
             }
             Ok(None) => return ("the control plane ended the stream".to_owned(), answered),
-            Err(status) => return (reason(&status), answered),
+            // Another stream at once would ask for as much again.
+            Err(status) => return (reason(&status), answered && status.code() != tonic::Code::ResourceExhausted),
         }
     }
 }

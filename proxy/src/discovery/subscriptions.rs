@@ -159,6 +159,13 @@ impl Subscriptions {
         self.kinds.entry(kind).or_default().versions.insert(canonical.to_owned(), version.to_owned());
     }
 
+    /// Forgets the version of a resource: the next connection gets it again, whatever it is there.
+    pub(crate) fn forget(&mut self, kind: Kind, canonical: &str) {
+        if let Some(of) = self.kinds.get_mut(&kind) {
+            of.versions.remove(canonical);
+        }
+    }
+
     /// Subscribed names that are known to be absent.
     pub(crate) fn absent(&self, kind: Kind) -> impl Iterator<Item = &String> {
         let answers = self.kinds.get(&kind).into_iter().flat_map(|of| &of.answers);

@@ -151,6 +151,44 @@ fn one_bad_resource_of_three_is_refused_by_name_and_its_last_good_version_serves
 }
 
 #[test]
+fn what_is_pending_is_asked_for_again_on_a_new_connection_so_that_a_rollback_meanwhile_is_seen() {
+    let now = Instant::now();
+    let mut engine = Engine::new("web-0");
+    engine.want(key("svc/demo/a"));
+    let version = |version: &str, regex: &str| {
+        response(
+            type_url::SERVICE,
+            version,
+            vec![resource(type_url::SERVICE, "svc/demo/a", version, &service("a", regex))],
+        )
+    };
+    engine.response(version("v1", ""), now);
+    engine.take(now);
+    engine.response(endpoints("e", "a"), now);
+    engine.take(now);
+    let held = |engine: &mut Engine| {
+        let first = engine.connected().into_iter().find(|request| request.type_url == type_url::SERVICE).unwrap();
+        first.initial_resource_versions.get("svc/demo/a").cloned()
+    };
+    assert_eq!(held(&mut engine).as_deref(), Some("v1"));
+    // Arrived and not installed when the stream breaks.
+    engine.response(version("v2", "/x"), now);
+    assert_eq!(held(&mut engine), None);
+    engine.response(version("v1", ""), now);
+    engine.take(now);
+    assert_eq!(held(&mut engine).as_deref(), Some("v1"));
+    assert_eq!(engine.accepted[&(super::subscriptions::Kind::Service, "svc/demo/a".to_owned())].version, "v1");
+
+    // The same of the rules for what comes in.
+    engine.subscriptions.accepted(super::subscriptions::Kind::SelfOf, "self/web-0", "s0");
+    let own = |version: &str| resource(type_url::SELF, "self/web-0", version, &wire::Self_::default());
+    engine.response(response(type_url::SELF, "s", vec![own("s1")]), now);
+    let first = engine.connected();
+    let own = first.iter().find(|request| request.type_url == type_url::SELF).unwrap();
+    assert!(own.initial_resource_versions.is_empty(), "{own:?}");
+}
+
+#[test]
 fn an_absence_is_an_answer_and_later_creation_is_seen() {
     let now = Instant::now();
     let mut engine = Engine::new("web-0");

@@ -279,3 +279,12 @@ fn only_this_host_is_spoken_to_in_plaintext() {
         assert!(!is_loopback(registry), "{registry}");
     }
 }
+
+#[test]
+fn a_token_server_in_plaintext_is_seen_in_the_challenge() {
+    let host = |challenge: &str| plain_realm(challenge);
+    assert_eq!(host("Bearer realm=\"http://auth.example/token\",service=\"r\"").as_deref(), Some("auth.example"));
+    assert_eq!(host("bearer service=\"r\", Realm=\"HTTP://auth.example:81\"").as_deref(), Some("auth.example:81"));
+    assert_eq!(host("Bearer realm=\"https://auth.example/token\""), None);
+    assert_eq!(host("Basic realm=\"registry\""), None);
+}
