@@ -50,12 +50,17 @@ impl Verifier {
             let key = DecodingKey::from_jwk(jwk).map_err(|error| format!("jwks: key {name}: {error}"))?;
             let mut validation = Validation::new(algorithm);
             validation.validate_nbf = true;
+            // Without the latter a token that lacks the claim would pass.
             match &written.audience {
-                Some(audience) => validation.set_audience(&[audience]),
+                Some(audience) => {
+                    validation.set_audience(&[audience]);
+                    validation.required_spec_claims.insert("aud".to_owned());
+                }
                 None => validation.validate_aud = false,
             }
             if let Some(issuer) = &written.issuer {
                 validation.set_issuer(&[issuer]);
+                validation.required_spec_claims.insert("iss".to_owned());
             }
             keys.push(Key { id, key, validation });
         }
@@ -154,6 +159,11 @@ mod tests {
             (Algorithm::HS384, json!({})),
         ] {
             assert!(verifier.verify(&token(algorithm, claims(more.clone()))).is_err(), "{algorithm:?} {more}");
+        }
+        for missing in ["iss", "aud", "exp"] {
+            let mut claims = claims(json!({}));
+            claims.as_object_mut().unwrap().remove(missing);
+            assert!(verifier.verify(&token(Algorithm::HS256, claims)).is_err(), "without {missing}");
         }
         let mut broken = token(Algorithm::HS256, claims(json!({})));
         broken.truncate(broken.len() - 2);

@@ -1,6 +1,7 @@
 //! Blanks the values of named keys in JSON bodies, as they stream: nothing is held back.
 //!
-//! Works on responses whose `content-type` is JSON; for it the request's `accept-encoding` is reduced to `identity`.
+//! Works on responses whose `content-type` is JSON; for it the request's `accept-encoding` is reduced to `identity`, and
+//! `range` is taken away: in a part of a body nobody sees which key a value belongs to.
 //!
 //! ```json
 //! {"keys": ["password", "ssn"], "with": "[redacted]"}
@@ -66,13 +67,23 @@ impl Context for Exchange {}
 impl HttpContext for Exchange {
     fn on_http_request_headers(&mut self, _count: usize, _end_of_stream: bool) -> Action {
         self.set_http_request_header("accept-encoding", Some("identity"));
+        for name in ["range", "if-range"] {
+            self.set_http_request_header(name, None);
+        }
         Action::Continue
     }
 
     fn on_http_response_headers(&mut self, _count: usize, end_of_stream: bool) -> Action {
         let kind = self.get_http_response_header("content-type").unwrap_or_default().to_ascii_lowercase();
         let kind = kind.split(';').next().unwrap_or_default().trim();
-        if !end_of_stream && (kind == "application/json" || kind.ends_with("+json")) {
+        let json = kind == "application/json" || kind.ends_with("+json");
+        let part = self.get_http_response_header(":status").is_some_and(|status| status == "206");
+        // Parts of several ranges have types of their own.
+        if !end_of_stream && part && (json || kind == "multipart/byteranges") {
+            self.send_http_response(502, vec![], Some(b"the response is a part, and cannot be redacted\n"));
+            return Action::Pause;
+        }
+        if !end_of_stream && json {
             if self.get_http_response_header("content-encoding").is_some_and(|encoding| encoding != "identity") {
                 // What cannot be read cannot be blanked.
                 self.send_http_response(502, vec![], Some(b"the response is encoded, and cannot be redacted\n"));
