@@ -427,6 +427,18 @@ pub(crate) async fn app(respond: impl Fn(String) -> String + Clone + 'static) ->
     address
 }
 
+/// A server that takes connections and says nothing.
+pub(crate) async fn hung() -> SocketAddr {
+    let (listener, address) = listen().await;
+    tokio::task::spawn_local(async move {
+        let mut held = Vec::new();
+        while let Ok((stream, _)) = listener.accept().await {
+            held.push(stream);
+        }
+    });
+    address
+}
+
 /// A response with a body.
 pub(crate) fn ok(body: &str) -> String {
     format!("HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n{body}", body.len())

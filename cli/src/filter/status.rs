@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 
 use anyhow::Context as _;
+use outrigger_core::compile::NOT_FETCHED;
 use serde::Deserialize;
 use serde_json::Value;
 
@@ -77,7 +78,7 @@ impl Filter {
 
     /// The control plane does not have its module yet: what proxies said is of the version before.
     pub(super) fn fetching(&self) -> bool {
-        self.problem.as_ref().is_some_and(|problem| problem.ends_with(" is not fetched yet"))
+        self.problem.as_ref().is_some_and(|problem| problem.ends_with(NOT_FETCHED))
     }
 
     fn refused(&self) -> bool {

@@ -276,37 +276,13 @@ async fn send(worker: &Worker, target: &Target, out: &mut Outgoing) -> Result<Re
 pub(super) async fn routed(x: &mut Exchange, call: Rc<Call>, out: &mut Outgoing) -> Result<Answer, Failure> {
     let mut run = Run::new(x, call, out)?;
     loop {
-        let mut awaited = Awaited { guard: Some(run.pick(x)?), call: run.call.clone(), worker: run.worker.clone() };
-        let Some(guard) = &awaited.guard else { continue };
-        let result = run.once(guard).await;
-        let Some(guard) = awaited.guard.take() else { continue };
-        match run.judge(x, guard, result) {
+        let target = run.pick(x)?;
+        let result = run.once(&target).await;
+        match run.judge(x, result) {
             Next::Done(answer) => return answer,
             Next::Again(wait) => tokio::time::sleep(wait).await,
         }
     }
-}
-
-/// An attempt that is waited for. Its client may give up first: that took at least as long, and says nothing else of the endpoint.
-struct Awaited {
-    /// Until it is over
-    guard: Option<Guard>,
-    call: Rc<Call>,
-    worker: Rc<Worker>,
-}
-
-impl Drop for Awaited {
-    fn drop(&mut self) {
-        let Some(mut guard) = self.guard.take() else { return };
-        let now = Instant::now();
-        guard.abandoned(now);
-        self.call.record(&self.worker.load, &guard, Outcome::Neutral, now);
-        count(&self.worker, &self.call, "cancelled");
-    }
-}
-
-fn count(worker: &Worker, call: &Call, outcome: &'static str) {
-    worker.metrics.add_known(Metric::Attempts, [Known::Shared(&call.service), Known::Word(outcome)], 1);
 }
 
 /// All attempts of one request.
@@ -319,6 +295,19 @@ struct Run<'a> {
     tried: Vec<Arc<Endpoint>>,
     request: Option<Permit>,
     retry: Option<Permit>,
+    /// Of the attempt that is waited for
+    guard: Option<Guard>,
+}
+
+impl Drop for Run<'_> {
+    /// The client gave up first: that took at least as long, and says nothing else of the endpoint.
+    fn drop(&mut self) {
+        let Some(mut guard) = self.guard.take() else { return };
+        let now = Instant::now();
+        guard.abandoned(now);
+        self.call.record(&self.worker.load, &guard, Outcome::Neutral, now);
+        self.count("cancelled");
+    }
 }
 
 enum Next {
@@ -337,10 +326,11 @@ impl<'a> Run<'a> {
         out.body.prepare(idempotent && !out.once);
         let worker = x.connection.worker.clone();
         let plan = Plan::new(idempotent, deadline);
-        Ok(Self { worker, call, out, plan, deadline, tried: Vec::new(), request, retry: None })
+        Ok(Self { worker, call, out, plan, deadline, tried: Vec::new(), request, retry: None, guard: None })
     }
 
-    fn pick(&self, x: &mut Exchange) -> Result<Guard, Failure> {
+    /// Where the next attempt goes.
+    fn pick(&mut self, x: &mut Exchange) -> Result<Target, Failure> {
         let set = self.call.cluster.endpoints();
         let algorithm = self.call.backend.policy.algorithm;
         let picked = pick(&set, algorithm, &self.tried, Instant::now(), &mut self.worker.rng.borrow_mut());
@@ -349,11 +339,12 @@ impl<'a> Run<'a> {
         x.attempts += 1;
         x.upstream = Some(info.address);
         x.endpoint_version = info.version.clone();
-        Ok(guard)
+        let target = self.call.target(guard.endpoint(), self.out.head.version);
+        self.guard = Some(guard);
+        Ok(target)
     }
 
-    async fn once(&mut self, guard: &Guard) -> Result<Responded, Failed> {
-        let target = self.call.target(guard.endpoint(), self.out.head.version);
+    async fn once(&mut self, target: &Target) -> Result<Responded, Failed> {
         let per_try = self.call.rule.policy.per_try_timeout.map(|timeout| Instant::now() + timeout);
         let limit = match (self.deadline, per_try) {
             (Some(deadline), Some(per_try)) if per_try < deadline => Some((per_try, Reason::PerTryTimeout)),
@@ -362,7 +353,7 @@ impl<'a> Run<'a> {
             (None, None) => None,
         };
         // Pinned once: moved into the timeout, it would be in every exchange's future twice.
-        let sending = std::pin::pin!(send(&self.worker, &target, self.out));
+        let sending = std::pin::pin!(send(&self.worker, target, self.out));
         match limit {
             None => sending.await,
             Some((limit, reason)) => {
@@ -373,7 +364,8 @@ impl<'a> Run<'a> {
     }
 
     /// What one attempt means: for the endpoint, and for the request.
-    fn judge(&mut self, x: &Exchange, mut guard: Guard, result: Result<Responded, Failed>) -> Next {
+    fn judge(&mut self, x: &Exchange, result: Result<Responded, Failed>) -> Next {
+        let Some(mut guard) = self.guard.take() else { return Next::Done(Err(Reason::NoEndpoints.into())) };
         let now = Instant::now();
         let trusted = guard.endpoint().info.identity.is_some();
         let failure = match &result {
@@ -389,7 +381,7 @@ impl<'a> Run<'a> {
         let outcome = blame(failure);
         if let Some((wait, permit)) = self.again(failure, now) {
             self.call.record(&self.worker.load, &guard, outcome, now);
-            count(&self.worker, &self.call, "retried");
+            self.count("retried");
             self.tried.push(guard.endpoint().clone());
             self.retry = Some(permit);
             return Next::Again(wait);
@@ -405,7 +397,7 @@ impl<'a> Run<'a> {
             }
             Err(failed) => {
                 self.call.record(&self.worker.load, &guard, outcome, now);
-                count(&self.worker, &self.call, failed.answer.reason.code());
+                self.count(failed.answer.reason.code());
                 Err(failed.answer)
             }
         })
@@ -420,6 +412,10 @@ impl<'a> Run<'a> {
             Decision::Retry(wait) => call.cluster.breaker.retry(&policy.limits).map(|permit| (wait, permit)),
             Decision::GiveUp(_) => None,
         }
+    }
+
+    fn count(&self, outcome: &'static str) {
+        self.worker.metrics.add_known(Metric::Attempts, [Known::Shared(&self.call.service), Known::Word(outcome)], 1);
     }
 }
 

@@ -15,7 +15,7 @@ use tokio::time::Sleep;
 use super::exchange::Running;
 use super::filtered::{FilteredRequest, FilteredResponse};
 use super::made::Made;
-use crate::upstream::{self, Received};
+use crate::upstream::Received;
 
 /// Any failure of a body; hyper closes or resets what it was part of.
 pub(super) type BodyError = Box<dyn std::error::Error + Send + Sync>;
@@ -284,8 +284,8 @@ pub(super) trait Tail {
     fn data(&mut self, bytes: usize);
     /// The body ended well; with trailers where there were some
     fn end(&mut self, trailers: Option<&HeaderMap>);
-    /// The endpoint broke the body off
-    fn broken(&mut self);
+    /// The body broke off
+    fn broken(&mut self, error: &BodyError);
     /// The request's deadline passed
     fn timed_out(&mut self);
 }
@@ -401,10 +401,7 @@ impl Upstream {
         let ended = match frame {
             None => true,
             Some(Err(error)) => {
-                // Of what the client broke off itself the endpoint is not guilty.
-                if !upstream::is_of_the_request(&**error) {
-                    tail.broken();
-                }
+                tail.broken(error);
                 self.tail = None;
                 return;
             }

@@ -24,7 +24,7 @@ use crate::metrics::{Known, Metric};
 use crate::shed::{self, Refusal};
 use crate::snapshot::Snapshot;
 use crate::state::Busy;
-use crate::upstream::Received;
+use crate::upstream::{self, Received};
 
 /// The state of one request. Metrics and the access log get it when it is dropped, which is at the end of the response's body,
 /// or when the client went away.
@@ -527,7 +527,11 @@ impl Tail for ExchangeTail {
         }
     }
 
-    fn broken(&mut self) {
+    fn broken(&mut self, error: &BodyError) {
+        if upstream::is_of_the_request(error) {
+            // What the client broke off itself ends as what it gives up.
+            return;
+        }
         self.ended = true;
         self.exchange.reason = Some(Reason::UpstreamReset.code());
         self.exchange.detail.push_str(BROKEN_OFF);

@@ -20,7 +20,7 @@ use super::exchange::{Answer, BROKEN_OFF, Exchange, ExchangeTail, Failure, Incom
 use super::respond;
 use super::response::Hops;
 use crate::filter::{Chain, Flow, Stop};
-use crate::upstream::Received;
+use crate::upstream::{self, Received};
 
 /// Does something that needs a task, without waiting.
 async fn at_once(mut f: impl FnMut(&mut Context<'_>)) {
@@ -199,7 +199,7 @@ impl Exchange {
             outlet.whole = None;
             local = true;
             match (attempt.take(), &lost) {
-                (Some(attempt), Lost::Broken) => attempt.failed(),
+                (Some(attempt), Lost::Broken(error)) if !upstream::is_of_the_request(error) => attempt.failed(),
                 // The endpoint's response is not wanted any more; that says nothing of the endpoint.
                 (Some(attempt), _) => attempt.cancelled(),
                 (None, _) => {}
@@ -207,7 +207,7 @@ impl Exchange {
             match lost {
                 Lost::Stopped(stop) => self.stopped(&chain, stop)?,
                 Lost::Late => self.made(&chain, Reason::RequestTimeout.into()),
-                Lost::Broken => self.made(&chain, Failure::new(Reason::UpstreamReset, BROKEN_OFF)),
+                Lost::Broken(_) => self.made(&chain, Failure::new(Reason::UpstreamReset, BROKEN_OFF)),
             }
         };
         if local

@@ -99,6 +99,11 @@ impl Feed {
         self.0.borrow().bytes
     }
 
+    /// Pieces that were not sent yet.
+    pub(crate) fn waiting(&self) -> usize {
+        self.0.borrow().waiting.len()
+    }
+
     fn poll(&self, cx: &Context<'_>) -> Poll<Option<Bytes>> {
         let mut state = self.0.borrow_mut();
         if let Some(data) = state.waiting.pop_front() {

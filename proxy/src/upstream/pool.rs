@@ -159,6 +159,11 @@ impl Pools {
 }
 
 impl Pool {
+    /// Waits until something may be different. What another worker gives back is not told here: so look again now and then.
+    async fn change(&self) {
+        let _ = tokio::time::timeout(LOOK_AGAIN, self.changed.notified()).await;
+    }
+
     fn take_idle(self: &Rc<Self>) -> Option<Lease> {
         loop {
             let Idle { connection, .. } = self.idle.borrow_mut().pop()?;
@@ -235,13 +240,6 @@ impl Drop for Open {
             pool.open.set(pool.open.get() - 1);
             pool.changed.notify_one();
         }
-    }
-}
-
-impl Pool {
-    /// Waits until something may be different. What another worker gives back is not told here: so look again now and then.
-    async fn change(&self) {
-        let _ = tokio::time::timeout(LOOK_AGAIN, self.changed.notified()).await;
     }
 }
 

@@ -102,7 +102,7 @@ fn failure(error: h2::Error) -> Error {
 }
 
 /// A response ended as it did for what its request did.
-pub(crate) fn is_of_the_request(error: &(dyn std::error::Error + 'static)) -> bool {
+pub(crate) fn is_of_the_request(error: &Error) -> bool {
     error.downcast_ref::<http1::Error>().is_some_and(http1::Error::is_of_the_request)
 }
 

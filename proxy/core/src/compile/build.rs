@@ -8,6 +8,9 @@ use super::instance::Instance;
 use super::{Inputs, Module, Modules};
 use crate::resource::{Loaded, MeshConfig, ModuleSource, Rejection, Resource, ResourceId, WasmFilter};
 
+/// How the reason ends for which a filter is refused whose remote module is still to come.
+pub const NOT_FETCHED: &str = "is not fetched yet";
+
 /// A catalog being built.
 struct Builder {
     catalog: Catalog,
@@ -143,7 +146,7 @@ fn module(filter: &WasmFilter, modules: &Modules) -> Result<Module, (&'static st
             "no module of this digest is here; give it by `outrigger filter push`".to_owned()
         }
         (None, ModuleSource::File(_)) => format!("{source} cannot be read"),
-        (None, ModuleSource::Url(_) | ModuleSource::Oci(_)) => format!("{source} is not fetched yet"),
+        (None, ModuleSource::Url(_) | ModuleSource::Oci(_)) => format!("{source} {NOT_FETCHED}"),
     };
     Err((source.field(), why))
 }

@@ -25,6 +25,7 @@ use sha2::{Digest, Sha256};
 use crate::key::{Key, Named, ServiceKey, canonicalise};
 use instance::{shard_count, shard_of};
 
+pub use build::NOT_FETCHED;
 pub use change::{Change, Topic};
 pub use index::Catalog;
 pub use rows::{EndpointRow, RouteBackendRow, RouteRow, ServicePortRow, ServiceRow};

@@ -13,6 +13,7 @@ use wasmtime::Linker;
 
 use super::abi::{Pair, Status, deserialize_pairs};
 use super::calls::{Guest, functions};
+use super::headers;
 use super::host::{Call, Host, check, give, slice, split, write_u32};
 use crate::http::{Feed, Made, Place};
 
@@ -23,8 +24,6 @@ const DEFAULT_TIMEOUT: Duration = Duration::from_secs(60);
 const MOST_TIMEOUT: Duration = Duration::from_secs(3600);
 /// What a message that waits in a stream costs beside its bytes.
 const MESSAGE: usize = 64;
-/// Bytes of gRPC's framing of a message.
-const FRAME: usize = 5;
 /// A gRPC stream ends after this long.
 const STREAM_TIME: Duration = Duration::from_secs(24 * 3600);
 
@@ -65,8 +64,6 @@ pub(super) enum Kind {
 struct Pending {
     kind: Kind,
     feed: Option<Feed>,
-    /// Messages that it was given since none waited
-    messages: usize,
     /// Bytes of its request
     size: usize,
     /// Aborts the task that makes it
@@ -74,10 +71,9 @@ struct Pending {
 }
 
 impl Pending {
-    /// Bytes that are kept for it, or a few more: how many messages wait is told by how many can.
+    /// Bytes that are kept for it.
     fn bytes(&self) -> usize {
-        let waiting = self.feed.as_ref().map_or(0, Feed::bytes);
-        self.size + waiting + MESSAGE * self.messages.min(waiting / FRAME)
+        self.size + self.feed.as_ref().map_or(0, |feed| feed.bytes() + MESSAGE * feed.waiting())
     }
 }
 
@@ -225,24 +221,20 @@ fn order(
     feed: Option<Feed>,
 ) -> Result<u32, Status> {
     let content = match &body {
-        Made::Whole { data, trailers } => data.len() + trailers.as_ref().map_or(0, fields_size),
+        Made::Whole { data, trailers } => data.len() + trailers.as_ref().map_or(0, headers::size),
         Made::Fed(_) => 0,
     };
-    let size = content + head.uri.path_and_query().map_or(0, |path| path.as_str().len()) + fields_size(&head.headers);
+    let size = content + head.uri.path_and_query().map_or(0, |path| path.as_str().len()) + headers::size(&head.headers);
     let plugin = host.plugin();
     if host.calls.pending.len() >= plugin.callouts || host.calls.bytes() + size > plugin.memory {
         return Err(Status::InternalFailure);
     }
     let root = host.root_id();
     let id = host.calls.id(kind);
-    host.calls.pending.insert(id, Pending { kind, feed, messages: 0, size, abort: None });
+    host.calls.pending.insert(id, Pending { kind, feed, size, abort: None });
     let upstream = String::from_utf8_lossy(upstream).into_owned();
     host.calls.orders.push(Order::Call(Box::new(Outgoing { id, root, kind, upstream, place, head, body, timeout })));
     Ok(id)
-}
-
-fn fields_size(fields: &HeaderMap) -> usize {
-    fields.iter().map(|(name, value)| name.as_str().len() + value.len()).sum()
 }
 
 /// The head of an HTTP call: `:method`, `:path` and `:authority` (or `host`) are needed.
@@ -331,7 +323,7 @@ fn frame(message: &[u8]) -> Result<Bytes, Status> {
     if message.len() > BODY {
         return Err(Status::BadArgument);
     }
-    let mut framed = BytesMut::with_capacity(message.len() + FRAME);
+    let mut framed = BytesMut::with_capacity(message.len() + 5);
     framed.put_u8(0);
     framed.put_u32(u32::try_from(message.len()).map_err(|_| Status::BadArgument)?);
     framed.extend_from_slice(message);
@@ -414,13 +406,10 @@ fn grpc_send(caller: Guest<'_, '_>, id: u32, p: u32, n: u32, end: u32) -> Call {
     let message = slice(memory, p, n)?;
     let feed = stream_of(host, id)?.feed.clone().ok_or(Status::NotFound)?;
     let message = frame(message)?;
-    let (limit, waiting) = (host.plugin().memory, feed.bytes());
+    let limit = host.plugin().memory;
     let fits = host.calls.bytes() + message.len() + MESSAGE <= limit;
     if !fits || !feed.push(message, limit.min(4 * BODY)) {
         return Err(Status::InternalFailure.into());
-    }
-    if let Some(pending) = host.calls.pending.get_mut(&id) {
-        pending.messages = if waiting == 0 { 1 } else { pending.messages + 1 };
     }
     if end != 0 {
         feed.end();

@@ -6,12 +6,10 @@ use wasmtime::{Caller, Engine, FuncType, Linker, ValType};
 use super::super::{Flow, LocalResponse, View};
 use super::abi::{Abi, Status, deserialize_pairs};
 use super::host::{Call, End, Fault, Host, Phase, give, log_level, read, slice, split, write, write_u32};
-use super::{buffers, callouts, clock, maps, properties, sharing};
+use super::{buffers, callouts, clock, headers, maps, properties, sharing};
 
 /// Largest body of a local response, bytes.
 const LOCAL_BODY: usize = 1024 * 1024;
-/// Names and values of its headers together, bytes, as in other maps.
-const LOCAL_HEADERS: usize = 64 * 1024;
 
 /// The type of a function of 32- and 64-bit parameters.
 pub(super) fn signature(engine: &Engine, params: &str, results: bool) -> FuncType {
@@ -155,8 +153,8 @@ fn local_response(
     let body = slice(memory, bp, bn)?;
     let pairs = deserialize_pairs(slice(memory, hp, hn)?).ok_or(Status::BadArgument)?;
     let view = host.view().ok_or(Status::BadArgument)?;
-    let headers: usize = pairs.iter().map(|(key, value)| key.len() + value.len()).sum();
-    if body.len() > LOCAL_BODY || headers > LOCAL_HEADERS {
+    let size: usize = pairs.iter().map(|(key, value)| key.len() + value.len()).sum();
+    if body.len() > LOCAL_BODY || size > headers::BLOCK {
         return Err(Status::BadArgument.into());
     }
     let mut fields = HeaderMap::with_capacity(pairs.len() + 2);

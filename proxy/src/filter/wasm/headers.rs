@@ -12,7 +12,7 @@ type Reply<T = ()> = Result<T, Status>;
 
 /// Bytes of a header block that a guest may build, names and values together. What it wrote is counted; all of the block, with what it
 /// came with, once that is half as much: as a rule a guest writes little, and counting the block is dear.
-const BLOCK: usize = 64 * 1024;
+pub(super) const BLOCK: usize = 64 * 1024;
 
 /// Framing and hop-by-hop headers: the proxy's own. Guests read them, and may remove `content-length`.
 const FRAMING: [HeaderName; 5] =

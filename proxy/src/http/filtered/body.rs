@@ -194,8 +194,8 @@ pub(super) enum Lost {
     Stopped(Stop),
     /// The time is over
     Late,
-    /// The endpoint broke the body off that a filter waited for
-    Broken,
+    /// The body broke off that a filter waited for
+    Broken(BodyError),
 }
 
 /// The response's way out of a chain.
@@ -232,7 +232,7 @@ impl Outlet {
                     Poll::Pending => return Poll::Pending,
                     Poll::Ready(Ok(Inflow::Moved)) => {}
                     Poll::Ready(Ok(Inflow::Ended(trailers))) => self.ended = Some(trailers),
-                    Poll::Ready(Err(_)) => return Poll::Ready(Err(Lost::Broken)),
+                    Poll::Ready(Err(error)) => return Poll::Ready(Err(Lost::Broken(error))),
                 }
             }
         });
@@ -301,6 +301,15 @@ impl FilteredResponse {
 
     pub(in crate::http) fn poll_frame(&mut self, cx: &mut Context<'_>) -> Polled {
         let chain = self.outlet.chain.clone();
+        // First, as of bodies without filters: a client that reads slowly would never find this one pending.
+        if let Some(deadline) = &mut self.outlet.deadline
+            && deadline.as_mut().poll(cx).is_ready()
+        {
+            if let Some(mut tail) = self.tail.take() {
+                tail.timed_out();
+            }
+            return Poll::Ready(Some(Err("the request's timeout passed".into())));
+        }
         loop {
             chain.settle();
             if let Some(frame) = outflow(&chain, Flow::Response) {
@@ -314,7 +323,7 @@ impl FilteredResponse {
             }
             if let Some(error) = self.failed.take() {
                 if let Some(mut tail) = self.tail.take() {
-                    tail.broken();
+                    tail.broken(&error);
                 }
                 return Poll::Ready(Some(Err(error)));
             }
@@ -329,18 +338,11 @@ impl FilteredResponse {
                 }
                 (Poll::Ready(Err(error)), tail) => {
                     if let Some(mut tail) = tail.take() {
-                        tail.broken();
+                        tail.broken(&error);
                     }
                     return Poll::Ready(Some(Err(error)));
                 }
-                (Poll::Pending, tail) => {
-                    let Some(deadline) = &mut self.outlet.deadline else { return Poll::Pending };
-                    std::task::ready!(deadline.as_mut().poll(cx));
-                    if let Some(mut tail) = tail.take() {
-                        tail.timed_out();
-                    }
-                    return Poll::Ready(Some(Err("the request's timeout passed".into())));
-                }
+                (Poll::Pending, _) => return Poll::Pending,
             }
         }
     }

@@ -239,10 +239,7 @@ fn an_applications_bare_error_is_its_own() {
         for bare in ["400 Bad Request", "414 URI Too Long", "431 Request Header Fields Too Large"] {
             let answer = format!("HTTP/1.1 {bare}\r\ncontent-length: 0\r\n\r\n");
             let app = app(move |_| answer.clone()).await;
-            let mut client = TestProxy::new("web");
-            client.service(&service("reviews", retries()));
-            client.endpoints("demo/reviews:80", vec![endpoint("reviews-0", app, None)]);
-            let outbound = client.serve_outbound(Some(Version::Http1), None).await;
+            let (_client, outbound) = direct(app, Version::Http1, retries()).await;
             let mut stream = TcpStream::connect(outbound).await.unwrap();
             for _ in 0..2 {
                 stream.write_all(b"GET / HTTP/1.1\r\nhost: reviews\r\n\r\n").await.unwrap();

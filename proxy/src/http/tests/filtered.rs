@@ -1,6 +1,5 @@
 //! What filters change is judged again: by routes, by authorization, by discovery.
 
-use std::cell::Cell;
 use std::rc::Rc;
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt};
@@ -284,20 +283,7 @@ fn a_response_that_a_filter_holds_is_the_endpoints_success_and_takes_as_long_as_
     run(async {
         for answer in [ok("pong"), "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n4\r\npong\r\n0\r\n\r\n".into()]
         {
-            let connections = Rc::new(Cell::new(0));
-            let (listener, app) = listen().await;
-            let count = connections.clone();
-            tokio::task::spawn_local(async move {
-                while let Ok((mut stream, _)) = listener.accept().await {
-                    count.set(count.get() + 1);
-                    let answer = answer.clone();
-                    tokio::task::spawn_local(async move {
-                        while read_message(&mut stream).await.is_some() {
-                            stream.write_all(answer.as_bytes()).await.unwrap();
-                        }
-                    });
-                }
-            });
+            let app = app(move |_| answer.clone()).await;
             let (client, outbound) = behind(app, WAITING).await;
             for _ in 0..2 {
                 let response = get(outbound, "reviews", "/").await;
@@ -305,7 +291,8 @@ fn a_response_that_a_filter_holds_is_the_endpoints_success_and_takes_as_long_as_
                 assert!(client.logged("outbound")["duration_ms"].as_f64().unwrap() >= 50.0);
             }
             assert_eq!(client.total(Metric::Attempts, &["demo/reviews", "success"]), 2);
-            assert_eq!(connections.get(), 1, "what has been read to its end is used again");
+            let connects = client.total(Metric::UpstreamConnects, &["demo/reviews", "success"]);
+            assert_eq!(connects, 1, "what has been read to its end is used again");
         }
     });
 }

@@ -258,22 +258,10 @@ fn trailers_with_a_failure_count_against_the_endpoint() {
     });
 }
 
-/// An application that takes a request and does nothing with it.
-async fn silent() -> std::net::SocketAddr {
-    let (listener, address) = listen().await;
-    tokio::task::spawn_local(async move {
-        let mut held = Vec::new();
-        while let Ok((stream, _)) = listener.accept().await {
-            held.push(stream);
-        }
-    });
-    address
-}
-
 #[test]
 fn what_a_client_gave_up_took_at_least_as_long() {
     run(async {
-        let (client, outbound) = direct(silent().await, Version::Http1, retries()).await;
+        let (client, outbound) = direct(hung().await, Version::Http1, retries()).await;
         let mut stream = TcpStream::connect(outbound).await.unwrap();
         stream.write_all(b"GET / HTTP/1.1\r\nhost: reviews\r\n\r\n").await.unwrap();
         until("it is under way", || client.worker.load.running() == 1).await;
@@ -291,7 +279,7 @@ fn what_is_not_the_endpoints_doing_does_not_eject_it() {
     run(async {
         let mut client = TestProxy::new("web");
         client.service(&fragile());
-        client.endpoints("demo/reviews:80", vec![endpoint("one", silent().await, None)]);
+        client.endpoints("demo/reviews:80", vec![endpoint("one", hung().await, None)]);
         let outbound = client.serve_outbound(Some(Version::Http1), None).await;
         let mut stream = TcpStream::connect(outbound).await.unwrap();
         stream.write_all(b"POST / HTTP/1.1\r\nhost: reviews\r\ncontent-length: 100\r\n\r\nhalf").await.unwrap();

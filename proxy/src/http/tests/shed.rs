@@ -20,18 +20,6 @@ async fn proxy() -> (TestProxy, std::net::SocketAddr) {
     (client, outbound)
 }
 
-/// A server that takes connections and says nothing.
-async fn hung() -> std::net::SocketAddr {
-    let (listener, address) = listen().await;
-    tokio::task::spawn_local(async move {
-        let mut held = Vec::new();
-        while let Ok((stream, _)) = listener.accept().await {
-            held.push(stream);
-        }
-    });
-    address
-}
-
 /// Puts one request in flight.
 async fn occupy_one(outbound: std::net::SocketAddr) -> TcpStream {
     let mut stream = TcpStream::connect(outbound).await.unwrap();
