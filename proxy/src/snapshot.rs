@@ -1,6 +1,6 @@
 //! What a request reads: an immutable view of everything that discovery has linked.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -21,7 +21,7 @@ pub struct Snapshot {
     /// What this workload enforces; `None` before the first answer
     pub inbound: Option<Arc<Inbound>>,
     /// Filters by key (`filter/<namespace>/<name>`)
-    pub(crate) filters: HashMap<String, FilterSlot>,
+    pub(crate) filters: BTreeMap<String, FilterSlot>,
     /// Destinations by every key they were asked for under.
     pub(crate) targets: HashMap<Key, (Target, Use), foldhash::quality::RandomState>,
 }

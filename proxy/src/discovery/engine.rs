@@ -39,7 +39,7 @@ pub(crate) struct Engine {
     services: HashMap<String, Arc<Service>>,
     pending_services: BTreeMap<String, Pending<Service>>,
     workloads: HashMap<String, Target>,
-    filters: HashMap<String, FilterSlot>,
+    filters: BTreeMap<String, FilterSlot>,
     preparing: HashMap<String, Prepare>,
     /// Accepted resources as received: what is persisted.
     pub(super) accepted: BTreeMap<(Kind, String), Resource>,

@@ -3,19 +3,16 @@
 
 mod run;
 
-use std::cell::RefCell;
-use std::collections::VecDeque;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::task::Waker;
 
 use bytes::Bytes;
-use http::{HeaderMap, HeaderValue, request, response};
+use http::{HeaderMap, HeaderValue, StatusCode, request, response};
 
-use super::kept::Kept;
-use super::local::is_grpc;
 use super::stream::{At, Waiter};
-use super::{Failed, FilterState, Filters, Flow, Peer, Plugin, Stream, StreamInfo};
+use super::way::{End, Way};
+use super::{Failed, FilterState, Filters, Flow, Peer, Plugin, RequestHead, Rewritten, Stream, StreamInfo};
 
 /// What comes out of a chain behind a head.
 #[derive(Debug)]
@@ -34,7 +31,7 @@ pub enum Stop {
     /// A filter answered: its response comes out of the chain. Nothing (more) of the request does
     Local,
     /// 503 `filter-failed`, made by the caller and given to [`Chain::replace_response`]
-    Failed(Failed),
+    Failed(Box<Failed>),
     /// A filter held more of a body than it may: 413 or 500, likewise
     TooLarge(Flow),
     /// Reset the client's stream
@@ -45,87 +42,28 @@ pub enum Stop {
 ///
 /// Request filters run in order, response filters in reverse. [`Chain::done`] ends every filter exactly once, and dropping the last handle
 /// does the same with what is known by then.
-#[derive(Clone)]
-pub struct Chain(Rc<Inner>);
+pub struct Chain(Rc<Stream>);
 
 impl std::fmt::Debug for Chain {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Chain").field("filters", &self.0.count).finish_non_exhaustive()
+        f.write_str("Chain")
     }
 }
 
-struct Inner {
-    stream: Rc<Stream>,
-    count: usize,
-    state: RefCell<State>,
-}
-
-#[derive(Default)]
-struct State {
-    request: Direction,
-    response: Direction,
-    grpc: bool,
-    stop: Option<Stop>,
-    /// A callback asked for something in the other direction.
-    again: bool,
-    done: bool,
-}
-
-/// Steps are counted in the order in which the direction passes the filters.
-#[derive(Default)]
-struct Direction {
-    begun: bool,
-    /// The step that gets what comes in
-    first: usize,
-    /// The step that has the head
-    head_at: usize,
-    head_end: bool,
-    head_taken: bool,
-    /// Nothing more of it comes out
-    cut: bool,
-    out: Queue,
-    held_out: usize,
-    out_end: Option<End>,
-}
-
-/// Chunks, none of them empty. As a rule there is one, which takes no memory of its own.
-#[derive(Default)]
-struct Queue {
-    next: Bytes,
-    rest: VecDeque<Bytes>,
-}
-
-impl Queue {
-    fn push(&mut self, bytes: Bytes) {
-        if self.next.is_empty() {
-            self.next = bytes;
-        } else if !bytes.is_empty() {
-            self.rest.push_back(bytes);
-        }
-    }
-
-    fn pop(&mut self) -> Option<Bytes> {
-        let rest = self.rest.pop_front().unwrap_or_default();
-        Some(std::mem::replace(&mut self.next, rest)).filter(|bytes| !bytes.is_empty())
-    }
-
-    fn is_empty(&self) -> bool {
-        self.next.is_empty()
+impl Clone for Chain {
+    fn clone(&self) -> Self {
+        self.0.handles.set(self.0.handles.get() + 1);
+        Self(Rc::clone(&self.0))
     }
 }
 
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum End {
-    Plain,
-    Trailers,
-    Taken,
-}
-
-impl State {
-    fn of(&mut self, flow: Flow) -> &mut Direction {
-        match flow {
-            Flow::Request => &mut self.request,
-            Flow::Response => &mut self.response,
+impl Drop for Chain {
+    fn drop(&mut self) {
+        let others = self.0.handles.get() - 1;
+        self.0.handles.set(others);
+        // Views may outlive it; the exchange is over all the same.
+        if others == 0 {
+            self.0.finish();
         }
     }
 }
@@ -138,71 +76,85 @@ impl Chain {
 
     /// A chain of any filters.
     pub fn of(filters: Filters, info: StreamInfo) -> Self {
-        Self::make(filters, info, false)
+        Self(Rc::new(Stream::new(filters, info, false)))
     }
 
     /// A chain for an opaque connection.
     pub fn tcp(filters: Filters, info: StreamInfo) -> Self {
-        Self::make(filters, info, true)
-    }
-
-    fn make(filters: Filters, info: StreamInfo, tcp: bool) -> Self {
-        let count = filters.len();
-        let stream = Rc::new(Stream::new(filters, info, tcp));
-        Self(Rc::new(Inner { stream, count, state: RefCell::default() }))
+        Self(Rc::new(Stream::new(filters, info, true)))
     }
 
     /// Facts that become known later (upstream, route).
     pub fn info<R>(&self, f: impl FnOnce(&mut StreamInfo) -> R) -> R {
-        f(&mut self.0.stream.data().info)
+        f(&mut self.0.data().info)
     }
 
     /// Properties that filters set.
     pub fn properties<R>(&self, f: impl FnOnce(&FilterState) -> R) -> R {
-        f(&self.0.stream.data().state)
+        f(&self.0.data().state)
     }
 
     /// Some filter has something to do with bodies of a direction, or holds one.
     pub fn in_body(&self, flow: Flow) -> bool {
-        self.0.stream.data().slots.iter().any(|slot| slot.interest.in_body(flow))
+        self.0.data().slots.iter().any(|slot| slot.interest.in_body(flow))
     }
 
     /// The request begins.
     pub fn request_headers(&self, head: request::Parts, end: bool) {
-        {
-            let mut state = self.0.state.borrow_mut();
-            state.grpc = is_grpc(&head.headers);
-            state.request = Direction { begun: true, head_end: end, ..Direction::default() };
-            self.0.stream.data().request.head = Some(head);
-        }
+        let mut data = self.0.data();
+        data.begin_request(&head.headers, end);
+        data.request = Some(Rc::new(head));
+        drop(data);
         self.0.advance(Flow::Request);
     }
 
-    /// The request's head, once it has passed all filters; and whether nothing follows it.
-    pub fn take_request(&self) -> Option<(request::Parts, bool)> {
-        let mut data = self.0.stream.data();
-        let end = self.0.take_head(Flow::Request)?;
-        let head = data.request.head.take()?;
-        if data.slots.iter().any(|slot| slot.interest.keeps_request) {
-            data.request.kept = Some(Kept::copy(&head));
+    /// The request begins; true: its head has passed all filters at once, and is where it was.
+    pub fn pass_request(&self, head: &mut RequestHead, end: bool) -> bool {
+        let mut data = self.0.data();
+        data.begin_request(&head.headers, end);
+        data.request = Some(head.take());
+        drop(data);
+        self.0.advance(Flow::Request);
+        let mut data = self.0.data();
+        if data.stop.is_some() {
+            return false;
         }
-        Some((head, end))
+        let passed = data.take_request().map(|(passed, _)| *head = passed);
+        passed.is_some()
+    }
+
+    /// The request's head, once it has passed all filters; and whether nothing follows it.
+    pub fn take_request(&self) -> Option<(RequestHead, bool)> {
+        self.0.data().take_request()
+    }
+
+    /// What filters could read of the request: they cannot any more.
+    pub fn forget_request(&self) -> Option<RequestHead> {
+        self.0.data().request.take().map(RequestHead::Shared)
+    }
+
+    /// What filters wrote of the request.
+    pub fn rewritten(&self) -> Rewritten {
+        Rewritten::of(&self.0.data().slots)
     }
 
     /// The response begins: of the upstream, or made by the mesh.
     pub fn response_headers(&self, head: response::Parts, end: bool) {
-        self.0.begin_response(self.0.count, head, end);
+        self.0.data().begin_response(usize::MAX, head, end);
         self.0.run(Flow::Response);
     }
 
     /// A whole response of the mesh's own, instead of whatever was on its way. Filters that have begun with a response do not see it. False:
     /// a response's head has been sent.
     pub fn replace_response(&self, head: response::Parts, body: Bytes) -> bool {
-        if self.0.stream.data().head_sent {
-            return false;
+        {
+            let mut data = self.0.data();
+            if data.head_sent {
+                return false;
+            }
+            data.way(Flow::Request).cut = true;
+            data.answer(usize::MAX, head, body);
         }
-        self.0.state.borrow_mut().request.cut = true;
-        self.0.answer(self.0.count, head, body);
         self.0.run(Flow::Response);
         true
     }
@@ -216,26 +168,43 @@ impl Chain {
 
     /// The same without a copy: to be followed by [`Chain::keep_response`], [`Chain::lend`] or [`Chain::done_with`].
     pub fn release_response(&self) -> Option<(response::Parts, bool)> {
-        let mut data = self.0.stream.data();
-        let end = self.0.take_head(Flow::Response)?;
-        let head = data.response.head.take()?;
-        data.head_sent = true;
-        Some((head, end))
+        let mut data = self.0.data();
+        let end = data.let_go_response()?;
+        Some((data.response.take()?, end))
+    }
+
+    /// The same, but the head stays until [`Chain::take_response_head`] or [`Chain::finish_response`]: its status.
+    pub fn let_go_response(&self) -> Option<StatusCode> {
+        let mut data = self.0.data();
+        data.let_go_response()?;
+        data.response.as_ref().map(|head| head.status)
+    }
+
+    /// The head that [`Chain::let_go_response`] left.
+    pub fn take_response_head(&self) -> Option<response::Parts> {
+        self.0.data().response.take()
+    }
+
+    /// The exchange is over before the response's head leaves: with a last touch of the mesh's it is logged, and given back.
+    pub fn finish_response(&self, touch: impl FnOnce(&mut response::Parts)) -> Option<response::Parts> {
+        self.0.data().response.as_mut().map(touch);
+        self.0.finish();
+        self.take_response_head()
     }
 
     /// The response's head leaves before the exchange is over.
     pub fn keep_response(&self, head: &response::Parts) {
-        let mut data = self.0.stream.data();
+        let mut data = self.0.data();
         if data.slots.iter().any(|slot| slot.interest.keeps_response) {
-            data.response.kept = Some(Kept::copy(head));
+            data.response_kept = Some(Box::new(head.clone()));
         }
     }
 
     /// Filters may read a head that was released while something is done; it is given back.
     pub fn lend(&self, head: response::Parts, meanwhile: impl FnOnce()) -> Option<response::Parts> {
-        self.0.stream.data().response.head = Some(head);
+        self.0.data().response = Some(head);
         meanwhile();
-        self.0.stream.data().response.head.take()
+        self.0.data().response.take()
     }
 
     /// The exchange is over before the response's head leaves: filters log what there is, and it is given back.
@@ -245,96 +214,73 @@ impl Chain {
 
     /// Body bytes of a message whose head came before; `end`: nothing follows.
     pub fn data(&self, flow: Flow, bytes: Bytes, end: bool) {
-        self.0.input(flow, |slot| {
-            let stage = slot.stage_mut(flow);
-            stage.fresh |= !bytes.is_empty() || end;
-            stage.ended |= end;
-            stage.body.push(bytes);
-        });
+        self.0.input(flow, bytes, end, false);
     }
 
     /// Trailers, which end the message.
     pub fn trailers(&self, flow: Flow, trailers: HeaderMap) {
-        *self.0.stream.data().trailers_mut(flow) = Some(trailers);
-        self.0.input(flow, |slot| slot.stage_mut(flow).trailers = true);
+        *self.0.data().trailers_mut(flow) = Some(Box::new(trailers));
+        self.0.input(flow, Bytes::new(), false, true);
     }
 
     /// What has come out behind the head.
     pub fn next(&self, flow: Flow) -> Option<Frame> {
-        let mut state = self.0.state.borrow_mut();
-        let direction = state.of(flow);
-        if let Some(bytes) = direction.out.pop() {
-            direction.held_out -= bytes.len();
+        let mut data = self.0.data();
+        let way = data.way(flow);
+        if let Some(bytes) = way.pop() {
             return Some(Frame::Data(bytes));
         }
-        match direction.out_end {
-            None | Some(End::Taken) => None,
-            Some(end) => {
-                direction.out_end = Some(End::Taken);
-                let trailers = self.0.stream.data().trailers_mut(flow).take();
-                match trailers.filter(|trailers| end == End::Trailers && !trailers.is_empty()) {
-                    Some(trailers) => Some(Frame::Trailers(trailers)),
-                    None => Some(Frame::End),
-                }
-            }
+        let end = way.out_end.filter(|end| *end != End::Taken)?;
+        way.out_end = Some(End::Taken);
+        let trailers = data.trailers_mut(flow).take();
+        match trailers.filter(|trailers| end == End::Trailers && !trailers.is_empty()) {
+            Some(trailers) => Some(Frame::Trailers(*trailers)),
+            None => Some(Frame::End),
         }
     }
 
     /// Everything of a direction has come out, or been cut.
     pub fn ended(&self, flow: Flow) -> bool {
-        let mut state = self.0.state.borrow_mut();
-        let direction = state.of(flow);
-        direction.cut || (direction.out.is_empty() && direction.out_end == Some(End::Taken))
+        self.0.data().way(flow).ended()
     }
 
     /// The length of all that is to come out, where nothing more goes in and no trailers follow.
     pub fn length(&self, flow: Flow) -> Option<usize> {
-        let mut state = self.0.state.borrow_mut();
-        let direction = state.of(flow);
-        direction.out_end.filter(|end| *end != End::Trailers).map(|_| direction.held_out)
+        self.0.data().way(flow).length()
     }
 
     /// All that is to come out behind the head, where it is one piece and nothing follows it.
     pub fn take_whole(&self, flow: Flow) -> Option<Bytes> {
-        let mut state = self.0.state.borrow_mut();
-        let direction = state.of(flow);
-        let plain = direction.out_end == Some(End::Plain) && !direction.cut && direction.out.rest.is_empty();
-        if !plain || self.0.stream.data().trailers_mut(flow).is_some() {
-            return None;
-        }
-        direction.out_end = Some(End::Taken);
-        direction.held_out = 0;
-        Some(std::mem::take(&mut direction.out.next))
+        let mut data = self.0.data();
+        if data.trailers_mut(flow).is_some() { None } else { data.way(flow).take_whole() }
     }
 
     /// The response's head has left: it cannot be replaced any more.
     pub fn head_sent(&self) -> bool {
-        self.0.stream.data().head_sent
+        self.0.data().head_sent
     }
 
     /// All of a direction has passed the filters, or been cut: no filter hears of it again.
     pub fn passed(&self, flow: Flow) -> bool {
-        let mut state = self.0.state.borrow_mut();
-        let direction = state.of(flow);
-        direction.cut || direction.out_end.is_some()
+        let mut data = self.0.data();
+        let way = data.way(flow);
+        way.cut || way.out_end.is_some()
     }
 
     /// Nothing more of a direction comes out: a filter saw to that.
     pub fn is_cut(&self, flow: Flow) -> bool {
-        self.0.state.borrow_mut().of(flow).cut
+        self.0.data().way(flow).cut
     }
 
     /// No filter holds or has let go anything behind the head of a direction.
     pub fn is_clear(&self, flow: Flow) -> bool {
-        let empty = self.0.stream.data().slots.iter().all(|slot| slot.stage(flow).body.is_empty());
-        let mut state = self.0.state.borrow_mut();
-        let direction = state.of(flow);
-        empty && direction.out.is_empty() && direction.out_end.is_none()
+        let mut data = self.0.data();
+        data.slots.iter().all(|slot| slot.stage(flow).body.is_empty()) && data.way(flow).is_clear()
     }
 
     /// For the `Trailer` header: names of the trailers that are on their way out.
     pub fn trailer_names(&self, flow: Flow) -> Option<HeaderValue> {
-        let mut data = self.0.stream.data();
+        let mut data = self.0.data();
         let names: Vec<&str> = data.trailers_mut(flow).as_ref()?.keys().map(http::HeaderName::as_str).collect();
         HeaderValue::from_str(&names.join(", ")).ok().filter(|names| !names.is_empty())
     }
@@ -346,15 +292,14 @@ impl Chain {
 
     /// The same where up to `most` bytes may wait to be taken out.
     pub fn wants_beside(&self, flow: Flow, most: usize) -> bool {
-        let mut state = self.0.state.borrow_mut();
-        let direction = state.of(flow);
-        if direction.cut || direction.held_out > most || direction.out_end.is_some() {
+        let mut data = self.0.data();
+        let way = data.way(flow);
+        if way.cut || way.held_out() > most || way.out_end.is_some() {
             return false;
         }
-        let data = self.0.stream.data();
         // The first filter that holds something decides: what is behind it waits in it.
-        for step in direction.first..self.0.count {
-            let Some(slot) = data.slots.get(self.0.index(flow, step)) else { continue };
+        for step in way.first..data.slots.len() {
+            let Some(slot) = data.slots.get(data.index(flow, step)) else { continue };
             let stage = slot.stage(flow);
             match stage.at {
                 At::Waiting => return stage.body.len() < slot.body_limit,
@@ -369,22 +314,22 @@ impl Chain {
 
     /// Why the exchange does not go on, once.
     pub fn stop(&self) -> Option<Stop> {
-        self.0.state.borrow_mut().stop.take()
+        self.0.data().stop.take()
     }
 
     /// Puts back what [`Chain::stop`] gave.
     pub fn stop_again(&self, stop: Stop) {
-        self.0.state.borrow_mut().stop = Some(stop);
+        self.0.data().stop = Some(stop);
     }
 
     /// There is something for [`Chain::stop`].
     pub fn stopped(&self) -> bool {
-        self.0.state.borrow().stop.is_some()
+        self.0.data().stop.is_some()
     }
 
     /// Does what was asked for from outside the filters' own callbacks. Callers do so whenever they are woken.
     pub fn settle(&self) {
-        if self.0.stream.signal.replace(false) {
+        if self.0.signal.replace(false) {
             self.0.look_for_losses();
             self.0.run(Flow::Request);
             self.0.run(Flow::Response);
@@ -393,21 +338,32 @@ impl Chain {
 
     /// Who waits for what comes out of a direction.
     pub fn register(&self, flow: Flow, waker: &Waker) {
-        self.0.stream.register(flow.into(), waker);
+        self.0.register(flow.into(), waker);
+    }
+
+    /// Settles, and says whether there is something for [`Chain::stop`]; whoever polls is told when there is.
+    pub fn poll_stopped(&self, waker: &Waker) -> bool {
+        self.settle();
+        let stopped = self.stopped();
+        if !stopped {
+            self.register_stop(waker);
+        }
+        stopped
     }
 
     /// Who waits for [`Chain::stop`].
     pub fn register_stop(&self, waker: &Waker) {
-        self.0.stream.register(Waiter::Stop, waker);
+        self.0.register(Waiter::Stop, waker);
     }
 
     /// TCP: the client has connected.
     pub fn connected(&self) {
         {
-            let mut state = self.0.state.borrow_mut();
-            state.request = Direction { begun: true, ..Direction::default() };
-            state.response = Direction { begun: true, head_at: self.0.count, head_taken: true, ..Direction::default() };
-            for slot in self.0.stream.data().slots_mut() {
+            let mut data = self.0.data();
+            let head_at = data.slots.len();
+            *data.way(Flow::Request) = Way { begun: true, ..Way::default() };
+            *data.way(Flow::Response) = Way { begun: true, head_at, head_taken: true, ..Way::default() };
+            for slot in &mut data.slots {
                 slot.response.at = At::Body;
             }
         }
@@ -416,7 +372,7 @@ impl Chain {
 
     /// TCP: the new connection has passed all filters.
     pub fn take_connected(&self) -> bool {
-        self.0.take_head(Flow::Request).is_some()
+        self.0.data().take_head(Flow::Request).is_some()
     }
 
     /// TCP: the side that sends in a direction is gone.
@@ -427,11 +383,5 @@ impl Chain {
     /// The exchange is over: every filter logs and is deleted.
     pub fn done(&self) {
         self.0.finish();
-    }
-}
-
-impl Drop for Inner {
-    fn drop(&mut self) {
-        self.finish();
     }
 }

@@ -6,8 +6,8 @@
 mod buffer;
 pub mod cases;
 mod chain;
+mod head;
 mod info;
-mod kept;
 mod local;
 mod plugin;
 mod report;
@@ -15,14 +15,16 @@ mod stream;
 #[cfg(test)]
 mod tests;
 pub mod wasm;
+mod way;
 
 pub use buffer::Buffer;
 pub use chain::{Chain, Frame, Stop};
+pub use head::RequestHead;
 pub use info::{ConnectionFacts, FilterState, StaticConnection, StreamInfo};
 pub use local::LocalResponse;
 pub use plugin::{Compiler, FilterError, Plugin, Plugins, Settings};
 pub use report::{Health, StatusRow, prometheus};
-pub use stream::{At, Edits, Facts, Filters, Flow, HeadMut, HeadRef, Stream, View, Which};
+pub use stream::{At, Edits, Facts, Filters, Flow, HeadMut, HeadRef, Rewritten, Stream, View, Which};
 pub use wasm::{Answer, AnswerBody, CallOut, Outside, connect, release_unused, warm};
 
 /// Bytes that a filter may make of a body, in one write or in many.
@@ -72,7 +74,7 @@ pub enum Action {
     /// This is the response
     Respond(Box<LocalResponse>),
     /// The filter failed and its policy is FailClosed
-    Failed(Failed),
+    Failed(Box<Failed>),
     /// The filter wants the client's stream reset
     Reset,
 }
@@ -127,6 +129,12 @@ pub trait Filter {
 
     /// The last call: gives back what the filter held for this exchange.
     fn done(&mut self, view: &View);
+
+    /// Both at once, of a filter that is alone in its exchange.
+    fn log_and_done(&mut self, view: &View) {
+        self.log(view);
+        self.done(view);
+    }
 
     /// `<namespace>/<name>`
     fn name(&self) -> &str;

@@ -10,8 +10,8 @@ use std::task::Waker;
 
 use http::{HeaderMap, request, response};
 
-use super::kept::{Head, Kept};
-use super::{Buffer, Filter, FilterState, Interest, LocalResponse, StreamInfo};
+use super::way::Way;
+use super::{Buffer, Filter, FilterState, Interest, LocalResponse, Stop, StreamInfo};
 
 /// A direction. For TCP, `Request` is what the client sends and `Response` what the server sends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -74,28 +74,59 @@ impl Stage {
     }
 }
 
+/// Pseudo headers of requests, by their numbers in [`Edits`].
+pub(crate) const REQUEST_PSEUDO: &[&str] = &[":method", ":path", ":authority", ":scheme"];
+/// The same of responses.
+pub(crate) const RESPONSE_PSEUDO: &[&str] = &[":status"];
+
 /// What a filter did to a head that others have to know.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 pub struct Edits {
     /// Pseudo headers that a message cannot do without and that it took away; a bit each
     lacking: u8,
+    /// Those that it gave another value
+    rewritten: u8,
     /// Bytes of names and values that it wrote
     pub written: usize,
 }
 
 impl Edits {
-    /// Notes whether the pseudo header of this number is lacking.
-    pub fn lacks(&mut self, index: usize, lacking: bool) {
-        let bit = 1 << index;
-        self.lacking = if lacking { self.lacking | bit } else { self.lacking & !bit };
+    /// Notes that the pseudo header of this number was taken away.
+    pub fn removes(&mut self, index: usize) {
+        self.lacking |= 1 << index;
     }
 
-    /// The first one of these names that is.
+    /// Notes that the pseudo header of this number was written, with a value that it had not.
+    pub fn writes(&mut self, index: usize, new: bool) {
+        self.lacking &= !(1 << index);
+        self.rewritten |= u8::from(new) << index;
+    }
+
+    /// Something was taken away.
+    pub fn is_lacking(self) -> bool {
+        self.lacking != 0
+    }
+
+    /// The first one of these names that was taken away.
     pub fn lacking(self, names: &[&'static str]) -> Option<&'static str> {
-        if self.lacking == 0 {
-            return None;
-        }
         names.iter().enumerate().find(|(index, _)| self.lacking >> index & 1 == 1).map(|(_, name)| *name)
+    }
+}
+
+/// What filters wrote of a request that its route and policies are chosen by.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub struct Rewritten {
+    /// Its method, path or authority
+    pub any: bool,
+    /// Its authority
+    pub authority: bool,
+}
+
+impl Rewritten {
+    pub(crate) fn of(slots: &[Slot]) -> Self {
+        let bits = slots.iter().fold(0, |bits, slot| bits | slot.edits[Flow::Request as usize].rewritten);
+        let authority = REQUEST_PSEUDO.iter().position(|name| *name == ":authority");
+        Self { any: bits != 0, authority: authority.is_some_and(|index| bits >> index & 1 == 1) }
     }
 }
 
@@ -105,6 +136,13 @@ pub(crate) struct Wishes {
     pub(crate) resume: [bool; 2],
     pub(crate) reply: Option<Box<LocalResponse>>,
     pub(crate) reset: bool,
+}
+
+impl Wishes {
+    /// Nothing.
+    pub(crate) fn none(&self) -> bool {
+        !self.reset && self.reply.is_none() && self.resume == [false; 2]
+    }
 }
 
 /// One filter of the exchange.
@@ -125,13 +163,11 @@ pub(crate) struct Slot {
 }
 
 impl Slot {
-    fn new(filter: Option<Box<dyn Filter>>) -> Self {
-        let (interest, body_limit) =
-            filter.as_ref().map_or_else(Default::default, |filter| (filter.interest(), filter.body_limit()));
+    fn new(filter: Box<dyn Filter>) -> Self {
         Self {
-            interest,
-            body_limit,
-            filter,
+            interest: filter.interest(),
+            body_limit: filter.body_limit(),
+            filter: Some(filter),
             request: Stage::default(),
             response: Stage::default(),
             wishes: Wishes::default(),
@@ -139,11 +175,6 @@ impl Slot {
             changed: false,
             answered: false,
         }
-    }
-
-    /// Of no filter.
-    pub(crate) fn none() -> Self {
-        Self::new(None)
     }
 
     pub(crate) fn stage(&self, flow: Flow) -> &Stage {
@@ -173,7 +204,7 @@ impl Filters {
 
     /// One more.
     pub fn push(&mut self, filter: Box<dyn Filter>) {
-        self.0.push(Slot::new(Some(filter)));
+        self.0.push(Slot::new(filter));
     }
 
     pub(crate) fn len(&self) -> usize {
@@ -183,7 +214,7 @@ impl Filters {
 
 impl FromIterator<Box<dyn Filter>> for Filters {
     fn from_iter<I: IntoIterator<Item = Box<dyn Filter>>>(filters: I) -> Self {
-        Self(filters.into_iter().map(|filter| Slot::new(Some(filter))).collect())
+        Self(filters.into_iter().map(Slot::new).collect())
     }
 }
 
@@ -193,33 +224,26 @@ impl std::fmt::Debug for Filters {
     }
 }
 
-/// A message of one direction. The head is here from the time it enters the chain until it leaves.
-pub(crate) struct Message<H: Head> {
-    pub(crate) head: Option<H>,
-    /// A copy, as it left the chain, where a filter may still read it
-    pub(crate) kept: Option<Kept<H>>,
-    pub(crate) trailers: Option<HeaderMap>,
-}
-
-impl<H: Head> Message<H> {
-    fn view(&self) -> Option<&H> {
-        self.head.as_ref().or_else(|| self.kept.as_ref().map(Kept::head))
-    }
-}
-
-impl<H: Head> Default for Message<H> {
-    fn default() -> Self {
-        Self { head: None, kept: None, trailers: None }
-    }
-}
-
 /// See the module.
 pub(crate) struct Data {
     pub(crate) info: StreamInfo,
     pub(crate) state: FilterState,
-    pub(crate) request: Message<request::Parts>,
-    pub(crate) response: Message<response::Parts>,
+    /// The request's head. Shared once it has left the chain, and then here only where a filter may still read it
+    pub(crate) request: Option<Rc<request::Parts>>,
+    /// The response's, from the time it enters the chain until it leaves
+    pub(crate) response: Option<response::Parts>,
+    /// A copy, as it left the chain, where a filter may still read it
+    pub(crate) response_kept: Option<Box<response::Parts>>,
+    pub(crate) trailers: [Option<Box<HeaderMap>>; 2],
     pub(crate) slots: Vec<Slot>,
+    /// How far each direction has come
+    pub(crate) ways: [Way; 2],
+    /// The request is gRPC
+    pub(crate) grpc: bool,
+    /// Why the exchange does not go on, until it is told
+    pub(crate) stop: Option<Stop>,
+    /// A callback asked for something in the other direction
+    pub(crate) again: bool,
     /// The exchange is over and its filters log: heads are read-only
     pub(crate) logging: bool,
     /// The response's head has left the chain
@@ -231,6 +255,8 @@ pub struct Stream {
     pub(crate) data: RefCell<Data>,
     /// Of an opaque connection
     pub(crate) tcp: bool,
+    /// Handles of its chain: the last one ends it
+    pub(crate) handles: Cell<u32>,
     /// Something was asked for from outside the chain's own callbacks
     pub(crate) signal: Cell<bool>,
     wakers: RefCell<[Option<Waker>; 3]>,
@@ -266,13 +292,20 @@ impl Stream {
             data: RefCell::new(Data {
                 info,
                 state: FilterState::default(),
-                request: Message::default(),
-                response: Message::default(),
+                request: None,
+                response: None,
+                response_kept: None,
+                trailers: [None, None],
                 slots: filters.0,
+                ways: Default::default(),
+                grpc: false,
+                stop: None,
+                again: false,
                 logging: false,
                 head_sent: false,
             }),
             tcp,
+            handles: Cell::new(1),
             signal: Cell::new(false),
             wakers: RefCell::default(),
         }
@@ -355,10 +388,9 @@ impl View {
             return None;
         }
         let head = match (flow, which) {
-            (Flow::Request, Which::Headers) => HeadRef::Request(data.request.view()?),
-            (Flow::Response, Which::Headers) => HeadRef::Response(data.response.view()?),
-            (Flow::Request, Which::Trailers) => HeadRef::Trailers(data.request.trailers.as_ref()?),
-            (Flow::Response, Which::Trailers) => HeadRef::Trailers(data.response.trailers.as_ref()?),
+            (Flow::Request, Which::Headers) => HeadRef::Request(data.request.as_deref()?),
+            (Flow::Response, Which::Headers) => HeadRef::Response(data.response()?),
+            (_, Which::Trailers) => HeadRef::Trailers(data.trailers[flow as usize].as_deref()?),
         };
         Some(f(head))
     }
@@ -387,12 +419,9 @@ impl View {
             return None;
         }
         let head = match (flow, which) {
-            (Flow::Request, Which::Headers) => HeadMut::Request(data.request.head.as_mut()?, edits),
-            (Flow::Response, Which::Headers) => HeadMut::Response(data.response.head.as_mut()?, edits),
-            (Flow::Request, Which::Trailers) => HeadMut::Trailers(data.request.trailers.get_or_insert_default(), edits),
-            (Flow::Response, Which::Trailers) => {
-                HeadMut::Trailers(data.response.trailers.get_or_insert_default(), edits)
-            }
+            (Flow::Request, Which::Headers) => HeadMut::Request(Rc::get_mut(data.request.as_mut()?)?, edits),
+            (Flow::Response, Which::Headers) => HeadMut::Response(data.response.as_mut()?, edits),
+            (_, Which::Trailers) => HeadMut::Trailers(data.trailers[flow as usize].get_or_insert_default(), edits),
         };
         let result = f(head);
         slot.changed |= result.is_ok();
@@ -464,7 +493,7 @@ impl View {
     /// Facts of the exchange, the properties that filters set, and the heads as far as they are known now.
     pub fn facts<R>(&self, f: impl FnOnce(&Facts<'_>) -> R) -> R {
         let data = self.stream.data.borrow();
-        f(&Facts { info: &data.info, state: &data.state, request: &data.request, response: &data.response })
+        f(&Facts { info: &data.info, state: &data.state, request: data.request.as_deref(), response: data.response() })
     }
 
     /// Sets a property for the rest of the exchange. False: too much.
@@ -501,8 +530,8 @@ pub struct Facts<'a> {
     pub info: &'a StreamInfo,
     /// Set by filters
     pub state: &'a FilterState,
-    request: &'a Message<request::Parts>,
-    response: &'a Message<response::Parts>,
+    request: Option<&'a request::Parts>,
+    response: Option<&'a response::Parts>,
 }
 
 impl std::fmt::Debug for Facts<'_> {
@@ -514,25 +543,39 @@ impl std::fmt::Debug for Facts<'_> {
 impl<'a> Facts<'a> {
     /// As it stands, or as it left the chain where a filter may still want it
     pub fn request(&self) -> Option<&'a request::Parts> {
-        self.request.view()
+        self.request
     }
 
     /// The same
     pub fn response(&self) -> Option<&'a response::Parts> {
-        self.response.view()
+        self.response
     }
 }
 
 impl Data {
-    pub(crate) fn trailers_mut(&mut self, flow: Flow) -> &mut Option<HeaderMap> {
+    /// The response's head as it stands, or as it left the chain.
+    fn response(&self) -> Option<&response::Parts> {
+        self.response.as_ref().or(self.response_kept.as_deref())
+    }
+
+    pub(crate) fn trailers_mut(&mut self, flow: Flow) -> &mut Option<Box<HeaderMap>> {
+        &mut self.trailers[flow as usize]
+    }
+
+    pub(crate) fn way(&mut self, flow: Flow) -> &mut Way {
+        let [request, response] = &mut self.ways;
         match flow {
-            Flow::Request => &mut self.request.trailers,
-            Flow::Response => &mut self.response.trailers,
+            Flow::Request => request,
+            Flow::Response => response,
         }
     }
 
-    pub(crate) fn slots_mut(&mut self) -> std::slice::IterMut<'_, Slot> {
-        self.slots.iter_mut()
+    /// The filter that is met at a step: responses meet them in reverse.
+    pub(crate) fn index(&self, flow: Flow, step: usize) -> usize {
+        match flow {
+            Flow::Request => step,
+            Flow::Response => self.slots.len().saturating_sub(step + 1),
+        }
     }
 }
 

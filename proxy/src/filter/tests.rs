@@ -396,10 +396,8 @@ fn what_a_filter_asks_for_at_a_close_is_done() {
         (bench.chain.stop(), bench.out(Flow::Request))
     };
     let failed = super::Failed { filter: "a".into(), reason: "trap".into() };
-    assert_eq!(
-        told(|_| Action::Failed(super::Failed { filter: "a".into(), reason: "trap".into() })),
-        (Some(Stop::Failed(failed)), String::new())
-    );
+    let trapped = |_: &View| Action::Failed(Box::new(super::Failed { filter: "a".into(), reason: "trap".into() }));
+    assert_eq!(told(trapped), (Some(Stop::Failed(Box::new(failed))), String::new()));
     let close = |view: &View| {
         view.close();
         Action::Continue

@@ -18,13 +18,13 @@ use super::body::{BodyError, ClientBody, ResponseBody, Tail};
 use super::{
     Connection, ConnectionInfo, Way, filtered, head, inbound, outbound, respond, response as reply, serve, upgrade,
 };
-use crate::filter::{Chain, StreamInfo};
+use crate::filter::{Chain, RequestHead, StreamInfo};
 use crate::log::Entry;
 use crate::metrics::{Known, Metric};
 use crate::shed::{self, Refusal};
 use crate::snapshot::Snapshot;
 use crate::state::Busy;
-use crate::upstream::{self, Received};
+use crate::upstream::{self, Received, http1};
 
 /// The state of one request. Metrics and the access log get it when it is dropped, which is at the end of the response's body,
 /// or when the client went away.
@@ -96,36 +96,13 @@ pub(super) enum Answer {
 /// A request of a client, with everything that came with it.
 #[derive(Debug)]
 pub(super) struct Incomer {
-    pub(super) head: request::Parts,
+    pub(super) head: RequestHead,
     pub(super) body: ClientBody,
     pub(super) upgrade: Option<OnUpgrade>,
 }
 
 /// Detail of an endpoint that did not finish.
 pub(super) const BROKEN_OFF: &str = "the endpoint broke off the response's body";
-
-/// What policies and routes look at, and filters may change.
-pub(super) struct Judged {
-    method: Method,
-    uri: Uri,
-    host: Option<HeaderValue>,
-}
-
-impl Judged {
-    pub(super) fn of(head: &request::Parts) -> Self {
-        Self { method: head.method.clone(), uri: head.uri.clone(), host: head.headers.get(HOST).cloned() }
-    }
-
-    /// Nothing of it was changed.
-    pub(super) fn holds(&self, head: &request::Parts) -> bool {
-        self.method == head.method && self.uri == head.uri && self.same_authority(head)
-    }
-
-    /// The authority was not changed.
-    pub(super) fn same_authority(&self, head: &request::Parts) -> bool {
-        self.host.as_ref() == head.headers.get(HOST) && self.uri.authority() == head.uri.authority()
-    }
-}
 
 /// Keeps the connection from being idle.
 #[derive(Debug)]
@@ -165,7 +142,7 @@ pub(super) async fn handle(
     let upgrade = head.extensions.remove::<OnUpgrade>();
     let mut exchange = Box::new(Exchange::new(connection, &head));
     let hops = reply::Hops::of(&head);
-    let incomer = Incomer { head, body: ClientBody::Plain(body), upgrade };
+    let incomer = Incomer { head: head.into(), body: ClientBody::Plain(body), upgrade };
     let connection = exchange.connection.clone();
     let refusal = shed::refuses(&connection.worker);
     // A sidecar hears it at once: its timers run, and what it has open to us is needed elsewhere. It has its own client wait.
@@ -183,9 +160,10 @@ pub(super) async fn handle(
     {
         answer = Err(Box::pin(exchange.refused(answer)).await);
     }
-    match exchange.chain.clone() {
-        None => exchange.conclude(answer, &hops, running),
-        Some(chain) => Box::pin(exchange.finish_filtered(chain, answer, &hops, running)).await,
+    let Some(chain) = exchange.chain.clone() else { return exchange.conclude(answer, &hops, running) };
+    match exchange.enter(&chain, answer)? {
+        filtered::Entered::Whole(head, bytes) => Ok(exchange.respond_whole(head, bytes, &hops, running)),
+        filtered::Entered::Passing(passing) => Box::pin(exchange.respond_through(passing, &hops, running)).await,
     }
 }
 
@@ -335,38 +313,12 @@ impl Exchange {
         if self.method == Method::HEAD { response.map(|_| Bytes::new()) } else { response }
     }
 
-    /// The end of an exchange with filters.
-    async fn finish_filtered(
-        mut self: Box<Self>,
-        chain: Chain,
-        answer: Result<Answer, Failure>,
-        hops: &reply::Hops,
-        running: Running,
-    ) -> Result<Response<ResponseBody>, BodyError> {
-        let local = match answer {
-            Ok(Answer::Upstream(response, attempt)) => match self.received(response, &attempt) {
-                Ok(response) => {
-                    return self.respond_through(chain, Some((response, attempt)), hops, running).await;
-                }
-                Err(failure) => {
-                    attempt.failed();
-                    Err(failure)
-                }
-            },
-            Ok(Answer::Local { response, reason }) => Ok(Some((response, reason))),
-            Ok(Answer::Filters) => Ok(None),
-            Err(failure) => Err(failure),
-        };
-        let local = local.unwrap_or_else(|failure| {
-            let response = respond::respond(failure.reason, self.grpc, &failure.detail);
-            self.detail = failure.detail;
-            Some((response, failure.reason))
-        });
-        self.local_through(chain, local, hops, running).await
-    }
-
     /// An endpoint's response as policy lets it in.
-    fn received(&mut self, response: Response<Received>, attempt: &Attempt) -> Result<Response<Received>, Failure> {
+    pub(super) fn received(
+        &mut self,
+        response: Response<Received>,
+        attempt: &Attempt,
+    ) -> Result<Response<Received>, Failure> {
         let (mut head, body) = response.into_parts();
         let direction = match self.connection.way() {
             Way::Outbound => Direction::Outbound,
@@ -476,6 +428,10 @@ impl Drop for Exchange {
     fn drop(&mut self) {
         if let Some(chain) = self.chain.take() {
             chain.done();
+            // Its fields are cleared for another message.
+            if let Some(headers) = chain.forget_request().and_then(|mut head| head.spare_headers()) {
+                http1::keep_headers(headers);
+            }
         }
         // The end of the response's body, or this moment.
         let now = self.end.unwrap_or_else(Instant::now);

@@ -7,7 +7,7 @@ use std::task::{Context, Poll};
 use std::time::Instant;
 
 use ::http::header::{CONTENT_LENGTH, EXPECT, TRAILER};
-use ::http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Version, request, response};
+use ::http::{HeaderMap, HeaderValue, Method, Response, StatusCode, Version, request, response};
 use bytes::Bytes;
 use http_body::Body as _;
 use outrigger_core::reason::Reason;
@@ -19,7 +19,7 @@ use super::body::{BodyError, ClientBody, ResponseBody, Tail};
 use super::exchange::{Answer, BROKEN_OFF, Exchange, ExchangeTail, Failure, Incomer, Running};
 use super::respond;
 use super::response::Hops;
-use crate::filter::{Chain, Flow, Stop};
+use crate::filter::{Chain, Flow, Rewritten, Stop};
 use crate::upstream::{self, Received};
 
 /// Does something that needs a task, without waiting.
@@ -37,12 +37,8 @@ pub(super) async fn unless_stopped(
     mut answer: Pin<&mut impl Future<Output = Result<Answer, Failure>>>,
 ) -> Result<Answer, Failure> {
     std::future::poll_fn(|cx| {
-        if let Some(chain) = &chain {
-            chain.settle();
-            if chain.stopped() {
-                return Poll::Ready(Ok(Answer::Filters));
-            }
-            chain.register_stop(cx.waker());
+        if chain.as_ref().is_some_and(|chain| chain.poll_stopped(cx.waker())) {
+            return Poll::Ready(Ok(Answer::Filters));
         }
         let polled = answer.as_mut().poll(cx);
         // The same poll may have given the filters more of the request.
@@ -60,30 +56,34 @@ impl Exchange {
         let Some(chain) = &self.chain else { return Ok(None) };
         let ClientBody::Plain(body) = &incomer.body else { return Ok(None) };
         let end = body.is_end_stream();
-        let version = incomer.head.version;
-        let (empty, ()) = Request::new(()).into_parts();
-        chain.request_headers(std::mem::replace(&mut incomer.head, empty), end);
-        if !chain.stopped()
-            && let Some((head, _)) = chain.take_request()
-        {
-            incomer.head = head;
-            if !end && chain.in_body(Flow::Request) {
-                let (chain, fetch) = (chain.clone(), !self.expects);
-                if let Some(body) = incomer.through(chain.clone(), version).filter(|_| fetch) {
-                    at_once(|cx| body.fetch(cx)).await;
-                }
-                frame_request(&mut incomer.head, &chain);
-            }
+        let passed = chain.pass_request(&mut incomer.head, end);
+        if passed && (end || !chain.in_body(Flow::Request)) {
             return Ok(None);
         }
-        if chain.stopped() {
+        if !passed && chain.stopped() {
             return Ok(Some(Answer::Filters));
         }
-        // A filter waits. The body is asked for meanwhile, unless the client waits for a word of ours.
-        let reads = !self.expects;
-        let chain = chain.clone();
-        let body = incomer.through(chain.clone(), version);
-        let Some(body) = body else { return Ok(None) };
+        // Boxed: every exchange would carry its state, most of them without a filter that wants a body or waits.
+        Box::pin(self.filter_body(incomer, passed, end)).await
+    }
+
+    /// What the filters changed of the request that its route and policies were chosen by.
+    pub(super) fn rewritten(&self) -> Rewritten {
+        self.chain.as_ref().map(Chain::rewritten).unwrap_or_default()
+    }
+
+    /// Runs them on what follows a head that has passed, or that one of them holds.
+    async fn filter_body(&self, incomer: &mut Incomer, passed: bool, end: bool) -> Result<Option<Answer>, Failure> {
+        // A body is asked for, unless the client waits for a word of ours.
+        let (Some(chain), reads) = (self.chain.clone(), !self.expects) else { return Ok(None) };
+        let Some(body) = incomer.through(chain.clone(), self.version) else { return Ok(None) };
+        if passed {
+            if reads {
+                at_once(|cx| body.fetch(cx)).await;
+            }
+            frame_headers(&mut incomer.head.headers, &chain, Flow::Request);
+            return Ok(None);
+        }
         let head = match self.deadline {
             Some(deadline) => tokio::time::timeout_at(deadline.into(), body.head(reads)).await,
             None => Ok(body.head(reads).await),
@@ -97,24 +97,9 @@ impl Exchange {
             Err(_) => return Err(Reason::RequestTimeout.into()),
         }
         if !end {
-            frame_request(&mut incomer.head, &chain);
+            frame_headers(&mut incomer.head.headers, &chain, Flow::Request);
         }
         Ok(None)
-    }
-
-    /// A response of the mesh's own, or of a filter, by the filters that are still to see it.
-    pub(super) async fn local_through(
-        mut self: Box<Self>,
-        chain: Chain,
-        local: Option<(Response<Bytes>, Reason)>,
-        hops: &Hops,
-        running: Running,
-    ) -> Result<Response<ResponseBody>, BodyError> {
-        if let Some((response, reason)) = local {
-            let (head, body) = response.into_parts();
-            self.begin_local(&chain, head, body, reason);
-        }
-        self.respond_through(chain, None, hops, running).await
     }
 
     fn begin_local(&mut self, chain: &Chain, mut head: response::Parts, body: Bytes, reason: Reason) {
@@ -148,29 +133,72 @@ impl Exchange {
         self.begin_local(chain, head, body, failure.reason);
     }
 
-    /// Gives the head of an endpoint's response to the filters.
-    fn enter(
-        &mut self,
-        chain: &Chain,
-        upstream: Option<(Response<Received>, Box<Attempt>)>,
-    ) -> (Outlet, Option<Box<Attempt>>) {
-        let mut outlet = Outlet { chain: chain.clone(), inlet: None, whole: None, ended: None, deadline: None };
+    /// Gives a response to the filters: what the exchange came to.
+    ///
+    /// # Errors
+    /// The client's stream is to be reset.
+    pub(super) fn enter(&mut self, chain: &Chain, answer: Result<Answer, Failure>) -> Result<Entered, BodyError> {
         let upstream_address = self.upstream;
         chain.info(|info| info.upstream = upstream_address);
-        let Some((response, attempt)) = upstream else { return (outlet, None) };
+        match answer {
+            Ok(Answer::Upstream(response, attempt)) => match self.received(response, &attempt) {
+                Ok(response) => return self.enter_upstream(chain, response, attempt),
+                Err(failure) => {
+                    attempt.failed();
+                    self.made(chain, failure);
+                }
+            },
+            Ok(Answer::Local { response, reason }) => {
+                let (head, body) = response.into_parts();
+                self.begin_local(chain, head, body, reason);
+            }
+            // Theirs is in the chain already.
+            Ok(Answer::Filters) => {}
+            Err(failure) => self.made(chain, failure),
+        }
+        let outlet = Outlet::of(chain.clone());
+        let deadline = self.deadline;
+        Ok(Entered::Passing(Passing { outlet, attempt: None, head: None, local: true, upgraded: false, deadline }))
+    }
+
+    fn enter_upstream(
+        &mut self,
+        chain: &Chain,
+        response: Response<Received>,
+        attempt: Box<Attempt>,
+    ) -> Result<Entered, BodyError> {
+        let deadline = attempt.deadline;
         let (head, mut body) = response.into_parts();
+        let upgraded = head.status == StatusCode::SWITCHING_PROTOCOLS;
         let end = body.is_end_stream();
+        let mut outlet = Outlet::of(chain.clone());
         // As a rule all of a short response has come with its head.
         outlet.whole = if end || !chain.in_body(Flow::Response) { None } else { body.take_whole() };
-        let attempt = if outlet.whole.is_some() {
-            attempt.succeeded(None, Instant::now());
-            None
-        } else {
+        if outlet.whole.is_none() {
             outlet.inlet = Some(Inlet::new(Flow::Response, body, head.version));
-            Some(attempt)
-        };
-        chain.response_headers(head, end);
-        (outlet, attempt)
+            chain.response_headers(head, end);
+            let attempt = Some(attempt);
+            return Ok(Entered::Passing(Passing { outlet, attempt, head: None, local: false, upgraded, deadline }));
+        }
+        attempt.succeeded(None, Instant::now());
+        chain.response_headers(head, false);
+        let mut passing = Passing { outlet, attempt: None, head: None, local: false, upgraded, deadline };
+        let status = if chain.stopped() { None } else { chain.let_go_response() };
+        match status {
+            None => return Ok(Entered::Passing(passing)),
+            // A filter said that there is no body.
+            Some(StatusCode::NOT_MODIFIED) => {}
+            Some(_) => {
+                passing.outlet.pour();
+                // All of it is through: the exchange is over before the head leaves, and no filter needs a copy of that.
+                if let Some(bytes) = chain.take_whole(Flow::Response) {
+                    let head = chain.finish_response(|head| set_length(&mut head.headers, bytes.len()));
+                    return Ok(Entered::Whole(head.ok_or("the response's head is gone")?, bytes));
+                }
+            }
+        }
+        passing.head = chain.take_response_head().map(|head| (head, false));
+        Ok(Entered::Passing(passing))
     }
 
     /// The response's head, as the filters let it go, or one of the mesh's own in its place; and whether nothing follows it. What has become of
@@ -219,20 +247,34 @@ impl Exchange {
         Ok((head, end))
     }
 
-    /// A response through the filters: of an endpoint, or one that is in the chain already.
+    /// A response that the filters passed at once.
+    pub(super) fn respond_whole(
+        mut self: Box<Self>,
+        head: response::Parts,
+        bytes: Bytes,
+        hops: &Hops,
+        running: Running,
+    ) -> Response<ResponseBody> {
+        self.status = Some(head.status);
+        self.received += bytes.len() as u64;
+        let mut response = Response::from_parts(head, ());
+        hops.restore(&mut response);
+        response.map(|()| ResponseBody::full(bytes).holding(running))
+    }
+
+    /// A response on its way through the filters.
     pub(super) async fn respond_through(
         mut self: Box<Self>,
-        chain: Chain,
-        upstream: Option<(Response<Received>, Box<Attempt>)>,
+        passing: Passing,
         hops: &Hops,
         running: Running,
     ) -> Result<Response<ResponseBody>, BodyError> {
-        let upgraded =
-            upstream.as_ref().is_some_and(|(response, _)| response.status() == StatusCode::SWITCHING_PROTOCOLS);
-        let deadline = upstream.as_ref().map_or(self.deadline, |(_, attempt)| attempt.deadline);
-        let local = upstream.is_none();
-        let (mut outlet, mut attempt) = self.enter(&chain, upstream);
-        let (mut head, end) = self.let_go(&mut outlet, &mut attempt, local, deadline).await?;
+        let Passing { mut outlet, mut attempt, head, local, upgraded, deadline } = passing;
+        let chain = outlet.chain.clone();
+        let (mut head, end) = match head {
+            Some(head) => head,
+            None => self.let_go(&mut outlet, &mut attempt, local, deadline).await?,
+        };
         self.status = Some(head.status);
         let bodiless = self.method == Method::HEAD || head.status == StatusCode::NOT_MODIFIED;
         let response = |head, hops: &Hops| {
@@ -289,24 +331,49 @@ impl Exchange {
     }
 }
 
-/// Framing of a request whose body filters may have changed.
-fn frame_request(head: &mut request::Parts, chain: &Chain) {
-    frame_headers(&mut head.headers, chain, Flow::Request);
-}
-
 /// The length where all of the body is known, else none; HTTP/1 sends only the trailers that are announced, and with a length none.
 fn frame_headers(headers: &mut HeaderMap, chain: &Chain, flow: Flow) {
-    let length = chain.length(flow);
-    let stated = headers.get(CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse().ok());
-    if length.is_some() && length == stated {
+    if let Some(length) = chain.length(flow) {
+        set_length(headers, length);
         return;
     }
     headers.remove(CONTENT_LENGTH);
-    if let Some(length) = length {
-        headers.insert(CONTENT_LENGTH, HeaderValue::from(length));
-    } else if let Some(names) = chain.trailer_names(flow) {
+    if let Some(names) = chain.trailer_names(flow) {
         headers.insert(TRAILER, names);
     }
+}
+
+fn set_length(headers: &mut HeaderMap, length: usize) {
+    if headers.get(CONTENT_LENGTH).and_then(|value| decimal(value.as_bytes())) != Some(length) {
+        headers.insert(CONTENT_LENGTH, HeaderValue::from(length));
+    }
+}
+
+fn decimal(digits: &[u8]) -> Option<usize> {
+    digits.iter().try_fold(0_usize, |sum, digit| {
+        let digit = digit.checked_sub(b'0').filter(|digit| *digit < 10)?;
+        sum.checked_mul(10)?.checked_add(usize::from(digit))
+    })
+}
+
+/// What has become of a response that the filters were given.
+pub(super) enum Entered {
+    /// They passed all of it at once, and the exchange is over
+    Whole(response::Parts, Bytes),
+    /// It is still on its way
+    Passing(Passing),
+}
+
+/// A response on its way through the filters.
+pub(super) struct Passing {
+    outlet: Outlet,
+    attempt: Option<Box<Attempt>>,
+    /// It has left already; and whether nothing follows it
+    head: Option<(response::Parts, bool)>,
+    /// Of the mesh or of a filter
+    local: bool,
+    upgraded: bool,
+    deadline: Option<Instant>,
 }
 
 impl Incomer {

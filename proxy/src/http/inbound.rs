@@ -9,7 +9,7 @@ use outrigger_core::normalize::{self, Canonical, Direction, Rules};
 use outrigger_core::reason::Reason;
 
 use super::attempt;
-use super::exchange::{Answer, Exchange, Failure, Incomer, Judged};
+use super::exchange::{Answer, Exchange, Failure, Incomer};
 use super::request::{self as outgoing, Outgoing};
 use crate::listen::Inbound;
 use crate::metrics::Metric;
@@ -113,12 +113,10 @@ async fn filtered(
         return Ok(Filtered::Continue(canonical));
     }
     x.chain(snapshot, &port.filters)?;
-    let before = Judged::of(&inc.head);
-    // Boxed: every exchange would carry its state, most of them without a filter.
-    if let Some(answer) = Box::pin(x.filter_request(inc)).await? {
+    if let Some(answer) = x.filter_request(inc).await? {
         return Ok(Filtered::Answer(answer));
     }
-    if before.holds(&inc.head) {
+    if !x.rewritten().any {
         return Ok(Filtered::Continue(canonical));
     }
     let again = normalize::again(&mut inc.head, port.authorization.path_rules, &canonical)?;

@@ -15,10 +15,11 @@ use outrigger_core::reason::Reason;
 use outrigger_core::route::{self, Selected, Split};
 
 use super::attempt::{self, Call};
-use super::exchange::{Answer, Exchange, Failure, Incomer, Judged};
+use super::exchange::{Answer, Exchange, Failure, Incomer};
 use super::made::Made;
 use super::request::{self as outgoing, Outgoing};
 use super::{Asked, Connection};
+use crate::filter::RequestHead;
 use crate::listen;
 use crate::snapshot::{self, Pinned, Snapshot};
 use crate::upstream::{Label, Target};
@@ -218,12 +219,10 @@ async fn filtered(
         return Ok(Filtered::Unchanged);
     }
     x.chain(&place.snapshot, keys)?;
-    let before = Judged::of(&inc.head);
-    // Boxed: every exchange would carry its state, most of them without a filter.
-    Ok(match Box::pin(x.filter_request(inc)).await? {
+    Ok(match x.filter_request(inc).await? {
         Some(answer) => Filtered::Answer(answer),
-        None if before.holds(&inc.head) => Filtered::Unchanged,
-        None => Filtered::Changed { elsewhere: !before.same_authority(&inc.head) },
+        None if x.rewritten().any => Filtered::Changed { elsewhere: x.rewritten().authority },
+        None => Filtered::Unchanged,
     })
 }
 
@@ -247,7 +246,7 @@ fn chosen(x: &Exchange, selected: &Selected<'_>) -> Result<Rc<Call>, Failure> {
 }
 
 /// The rule's changes, then those of the share. `canonical` is the path where it is not as sent.
-fn change(head: &mut request::Parts, mut canonical: Option<&str>, call: &Call, selected: &Selected<'_>) {
+fn change(head: &mut RequestHead, mut canonical: Option<&str>, call: &Call, selected: &Selected<'_>) {
     if call.rule.simple {
         return;
     }

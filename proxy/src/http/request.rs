@@ -10,6 +10,7 @@ use outrigger_core::normalize::Canonical;
 
 use super::body::{ClientBody, ReplayBuffer, RequestBody};
 use super::made::Made;
+use crate::filter::RequestHead;
 use crate::upstream::Wire;
 use crate::upstream::http1::{self, Head};
 
@@ -19,7 +20,7 @@ const REPLAY: usize = 64 * 1024;
 /// A request that is about to be sent.
 #[derive(Debug)]
 pub(super) struct Outgoing {
-    pub(super) head: request::Parts,
+    pub(super) head: RequestHead,
     pub(super) body: Sendable,
     pub(super) upgrade: Option<OnUpgrade>,
     /// There is no other attempt, whatever happens, unless the request comes back unsent
@@ -95,12 +96,7 @@ pub(super) fn wire(protocol: Protocol, client: Version) -> Wire {
 
 impl Outgoing {
     /// From a normalised request.
-    pub(super) fn new(
-        head: request::Parts,
-        canonical: &Canonical,
-        body: ClientBody,
-        upgrade: Option<OnUpgrade>,
-    ) -> Self {
+    pub(super) fn new(head: RequestHead, canonical: &Canonical, body: ClientBody, upgrade: Option<OnUpgrade>) -> Self {
         let upgrade = upgrade.filter(|_| canonical.upgrade);
         Self { head, body: Sendable::new(body), upgrade, once: false, gone: false, trailers: canonical.trailers }
     }
@@ -108,7 +104,7 @@ impl Outgoing {
     /// From a normalised head and a body that the proxy makes.
     pub(super) fn made(head: request::Parts, canonical: &Canonical, body: Made) -> Self {
         let body = if body.is_end() { Sendable::Empty } else { Sendable::Made(body) };
-        Self { head, body, upgrade: None, once: false, gone: false, trailers: canonical.trailers }
+        Self { head: head.into(), body, upgrade: None, once: false, gone: false, trailers: canonical.trailers }
     }
 
     /// Whether an attempt could have the whole request now.
@@ -165,7 +161,7 @@ impl Outgoing {
     fn headers(&mut self) -> HeaderMap {
         if self.once || matches!(self.body, Sendable::Once(_)) {
             self.gone = true;
-            return std::mem::take(&mut self.head.headers);
+            return self.head.take_headers();
         }
         self.head.headers.clone()
     }
@@ -197,6 +193,8 @@ pub(super) fn authority(uri: &Uri, headers: &HeaderMap) -> Option<Authority> {
 
 impl Drop for Outgoing {
     fn drop(&mut self) {
-        http1::keep_headers(std::mem::take(&mut self.head.headers));
+        if let Some(headers) = self.head.spare_headers() {
+            http1::keep_headers(headers);
+        }
     }
 }

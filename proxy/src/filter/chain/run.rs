@@ -1,13 +1,18 @@
 //! How a chain runs: what is decided at each filter, and what its answer does.
+//!
+//! What decides is of [`Data`], in which nothing can re-enter; what runs a filter is of [`Stream`], and lets go of the data meanwhile.
 
+use std::cell::RefMut;
 use std::rc::Rc;
 
 use bytes::Bytes;
-use http::response;
+use http::{HeaderMap, response};
 
-use super::super::stream::{At, Slot, Waiter};
-use super::super::{Action, Buffer, Event, Failed, Flow, LocalResponse, Peer, View};
-use super::{Direction, End, Inner, Stop};
+use super::super::local::is_grpc;
+use super::super::stream::{At, Data, REQUEST_PSEUDO, RESPONSE_PSEUDO, Slot, Waiter};
+use super::super::way::{End, Way};
+use super::super::{Action, Buffer, Event, Failed, Filter, Flow, LocalResponse, Peer, RequestHead, Stream, View};
+use super::Stop;
 
 enum Next {
     Idle,
@@ -16,133 +21,288 @@ enum Next {
     TooLarge,
 }
 
-impl Inner {
-    pub(super) fn index(&self, flow: Flow, step: usize) -> usize {
-        match flow {
-            Flow::Request => step,
-            Flow::Response => self.count.saturating_sub(step + 1),
-        }
+impl Stream {
+    fn view(self: &Rc<Self>, index: usize) -> View {
+        View { stream: Rc::clone(self), index }
     }
 
-    pub(super) fn view(&self, index: usize) -> View {
-        View { stream: Rc::clone(&self.stream), index }
-    }
-
-    pub(super) fn take_head(&self, flow: Flow) -> Option<bool> {
-        let mut state = self.state.borrow_mut();
-        let direction = state.of(flow);
-        let out = direction.begun && !direction.cut && direction.head_at >= self.count && !direction.head_taken;
-        out.then(|| {
-            direction.head_taken = true;
-            direction.head_end
-        })
-    }
-
-    pub(super) fn input(&self, flow: Flow, f: impl FnOnce(&mut Slot)) {
-        let first = {
-            let mut state = self.state.borrow_mut();
-            let direction = state.of(flow);
-            if direction.cut || direction.out_end.is_some() {
-                return;
-            }
-            direction.first
-        };
-        if first >= self.count {
-            // No filter in this direction: what comes in goes out.
-            self.around(flow, f);
-            return;
-        }
-        if let Some(slot) = self.stream.data().slots.get_mut(self.index(flow, first)) {
-            f(slot);
-        }
-        self.run(flow);
-    }
-
-    pub(super) fn around(&self, flow: Flow, f: impl FnOnce(&mut Slot)) {
-        let mut slot = Slot::none();
-        f(&mut slot);
-        let stage = slot.stage_mut(flow);
-        let (bytes, ended, trailers) = (stage.body.take(), stage.ended, stage.trailers);
-        self.put_out(flow, bytes, ended, trailers);
-    }
-
-    pub(super) fn put_out(&self, flow: Flow, bytes: Bytes, ended: bool, trailers: bool) {
-        let mut state = self.state.borrow_mut();
-        let direction = state.of(flow);
-        direction.held_out += bytes.len();
-        direction.out.push(bytes);
-        if trailers {
-            direction.out_end = Some(End::Trailers);
-        } else if ended {
-            direction.out_end = Some(End::Plain);
+    /// What comes into a direction behind its head.
+    pub(super) fn input(self: &Rc<Self>, flow: Flow, bytes: Bytes, end: bool, trailers: bool) {
+        if self.data().take_in(flow, bytes, end, trailers) {
+            self.run(flow);
         }
     }
 
     /// Runs a direction, and the other one if a callback asked for something there.
-    pub(super) fn run(&self, flow: Flow) {
+    pub(super) fn run(self: &Rc<Self>, flow: Flow) {
         self.advance(flow);
         let mut flow = flow;
-        while std::mem::take(&mut self.state.borrow_mut().again) {
+        while std::mem::take(&mut self.data().again) {
             flow = flow.other();
             self.advance(flow);
             // Another task may wait for what comes out of it.
-            self.stream.wake(flow.into());
+            self.wake(flow.into());
         }
-    }
-
-    pub(super) fn halted(&self, flow: Flow) -> bool {
-        let mut state = self.state.borrow_mut();
-        state.of(flow).cut || matches!(state.stop, Some(Stop::Failed(_) | Stop::TooLarge(_) | Stop::Reset))
     }
 
     /// Moves everything of a direction as far as it goes.
-    pub(super) fn advance(&self, flow: Flow) {
-        let first = {
-            let mut state = self.state.borrow_mut();
-            let direction = state.of(flow);
-            if !direction.begun {
-                return;
-            }
-            direction.first
-        };
-        for step in first..self.count {
-            loop {
-                if self.halted(flow) || self.state.borrow_mut().of(flow).first > step {
-                    return;
-                }
-                let index = self.index(flow, step);
-                match self.decide(flow, step, index) {
-                    Next::Idle => break,
-                    Next::Pass => self.pass(flow, step, index),
-                    Next::TooLarge => self.stop(Stop::TooLarge(flow)),
-                    Next::Call(event) => {
-                        let action = self.call(index, flow, event);
-                        self.after(flow, step, index, action);
+    pub(super) fn advance(self: &Rc<Self>, flow: Flow) {
+        let mut data = self.data();
+        if !data.way(flow).begun {
+            return;
+        }
+        let mut step = data.way(flow).first;
+        while step < data.slots.len() && !data.halted(flow) && data.way(flow).first <= step {
+            let index = data.index(flow, step);
+            match data.decide(flow, step, index) {
+                Next::Idle => {}
+                Next::Pass => self.pass(&mut data, flow, step, index),
+                Next::TooLarge => self.stop(&mut data, Stop::TooLarge(flow)),
+                Next::Call(event) => {
+                    let Some(mut filter) = data.lend(flow, index) else { return };
+                    // Nothing is borrowed while a callback runs.
+                    drop(data);
+                    let action = filter.on(flow, event, &self.view(index));
+                    data = self.data();
+                    data.give_back(flow, index, filter);
+                    if let Some(reply) = self.after(&mut data, flow, step, index, action) {
+                        data = self.respond(data, index, *reply);
                     }
                 }
-                if !self.more(flow, index) {
-                    break;
+            }
+            if !data.more(flow, index) {
+                step += 1;
+            }
+        }
+    }
+
+    /// Does what a callback said, and what it asked for while it ran. `Some`: it answered.
+    fn after(
+        &self,
+        data: &mut Data,
+        flow: Flow,
+        step: usize,
+        index: usize,
+        action: Action,
+    ) -> Option<Box<LocalResponse>> {
+        let slot = data.slots.get_mut(index)?;
+        if matches!(action, Action::Continue) && slot.wishes.none() {
+            self.pass(data, flow, step, index);
+            return None;
+        }
+        data.again |= slot.wishes.resume[flow.other() as usize];
+        let resumed = std::mem::take(&mut slot.wishes.resume[flow as usize]);
+        let (reply, reset) = (slot.wishes.reply.take(), std::mem::take(&mut slot.wishes.reset));
+        match action {
+            Action::Failed(failed) => self.stop(data, Stop::Failed(failed)),
+            Action::Respond(reply) => return Some(reply),
+            _ if reply.is_some() => return reply,
+            Action::Reset => self.stop(data, Stop::Reset),
+            _ if reset => self.stop(data, Stop::Reset),
+            Action::Pause if !resumed => {
+                let limit = slot.body_limit;
+                let stage = slot.stage_mut(flow);
+                stage.paused = true;
+                if stage.at > At::Headers && stage.body.len() > limit {
+                    self.stop(data, Stop::TooLarge(flow));
+                }
+            }
+            Action::Continue | Action::Pause => self.pass(data, flow, step, index),
+        }
+        None
+    }
+
+    /// What a filter held goes on to the next one, or out.
+    fn pass(&self, data: &mut Data, flow: Flow, step: usize, index: usize) {
+        let slot = data.slots.get(index).filter(|slot| slot.edits[flow as usize].is_lacking());
+        match slot.and_then(|slot| lacking(slot, flow)) {
+            Some(failed) => self.stop(data, Stop::Failed(failed)),
+            None => data.pass(flow, step, index),
+        }
+    }
+
+    fn stop(&self, data: &mut Data, stop: Stop) {
+        // What has gone out cannot be replaced; of TCP nothing is, and why it ends is what counts.
+        let sent = data.way(Flow::Response).head_taken && !self.tcp;
+        let stop = if sent && stop != Stop::Local { Stop::Reset } else { stop };
+        data.way(Flow::Request).cut = true;
+        if stop == Stop::Reset {
+            data.way(Flow::Response).cut = true;
+        }
+        data.stop = Some(stop);
+        for waiter in [Waiter::Request, Waiter::Response, Waiter::Stop] {
+            self.wake(waiter);
+        }
+    }
+
+    /// A filter answers.
+    fn respond<'a>(
+        self: &'a Rc<Self>,
+        mut data: RefMut<'a, Data>,
+        index: usize,
+        reply: LocalResponse,
+    ) -> RefMut<'a, Data> {
+        if data.head_sent {
+            self.stop(&mut data, Stop::Reset);
+            return data;
+        }
+        if let Some(slot) = data.slots.get_mut(index) {
+            // An answer to the request may still be replaced in its own response phase.
+            slot.answered = slot.response.at != At::Waiting;
+        }
+        let (head, body) = reply.into_head(data.grpc);
+        data.answer(index + 1, head, body);
+        self.stop(&mut data, Stop::Local);
+        drop(data);
+        self.advance(Flow::Response);
+        self.data()
+    }
+
+    fn take_filter(&self, index: usize) -> Option<Box<dyn Filter>> {
+        self.data().slots.get_mut(index)?.filter.take()
+    }
+
+    /// Instances that ended, and wishes of paused filters.
+    pub(super) fn look_for_losses(self: &Rc<Self>) {
+        let count = self.data().slots.len();
+        for index in 0..count {
+            let Some(mut filter) = self.take_filter(index) else { continue };
+            let lost = filter.lost(&self.view(index));
+            let mut data = self.data();
+            if let Some(slot) = data.slots.get_mut(index) {
+                slot.filter = Some(filter);
+                if matches!(lost, Some(Action::Continue)) {
+                    slot.wishes.resume = [true; 2];
+                }
+            }
+            self.end_by(data, index, lost);
+        }
+    }
+
+    /// Ends the exchange where a filter failed or asked for its end. What it lets go is left to a run.
+    fn end_by<'a>(self: &'a Rc<Self>, mut data: RefMut<'a, Data>, index: usize, action: Option<Action>) {
+        let Some(slot) = data.slots.get_mut(index) else { return };
+        let (reply, reset) = (slot.wishes.reply.take(), std::mem::take(&mut slot.wishes.reset));
+        match (action, reply) {
+            (Some(Action::Failed(failed)), _) => self.stop(&mut data, Stop::Failed(failed)),
+            (Some(Action::Respond(reply)), _) | (_, Some(reply)) => drop(self.respond(data, index, *reply)),
+            (Some(Action::Reset), _) => self.stop(&mut data, Stop::Reset),
+            _ if reset => self.stop(&mut data, Stop::Reset),
+            _ => {}
+        }
+    }
+
+    /// Tells every filter that a side is gone.
+    pub(super) fn close(self: &Rc<Self>, flow: Flow, peer: Peer) {
+        let count = self.data().slots.len();
+        for index in 0..count {
+            let Some(mut filter) = self.data().lend(flow, index) else { continue };
+            let action = filter.on(flow, Event::Closed(peer), &self.view(index));
+            let mut data = self.data();
+            data.give_back(flow, index, filter);
+            if let Some(slot) = data.slots.get_mut(index) {
+                // Where it holds nothing there is nothing to let go, now or later.
+                slot.wishes.resume[flow as usize] &= slot.stage(flow).paused;
+            }
+            self.end_by(data, index, Some(action));
+        }
+        // The client's end is told last: nothing goes on then.
+        if flow == Flow::Response {
+            self.data().again = true;
+            self.run(flow);
+        }
+    }
+
+    /// Every filter logs and is deleted, once.
+    pub(super) fn finish(self: &Rc<Self>) {
+        let count = {
+            let mut data = self.data();
+            if std::mem::replace(&mut data.logging, true) {
+                return;
+            }
+            data.slots.len()
+        };
+        let alone = count == 1 && !self.tcp;
+        for index in (0..count).filter(|_| !alone && !self.tcp) {
+            if let Some(mut filter) = self.take_filter(index) {
+                filter.log(&self.view(index));
+                if let Some(slot) = self.data().slots.get_mut(index) {
+                    slot.filter = Some(filter);
                 }
             }
         }
+        for index in 0..count {
+            let Some(mut filter) = self.take_filter(index) else { continue };
+            let view = self.view(index);
+            if alone { filter.log_and_done(&view) } else { filter.done(&view) }
+        }
+        for way in &mut self.data().ways {
+            way.cut = true;
+        }
+        self.wake(Waiter::Request);
+    }
+}
+
+impl Data {
+    /// The head is put in its place by the caller: it is large.
+    pub(super) fn begin_request(&mut self, headers: &HeaderMap, end: bool) {
+        self.grpc = is_grpc(headers);
+        *self.way(Flow::Request) = Way { begun: true, head_end: end, ..Way::default() };
+    }
+
+    pub(super) fn take_request(&mut self) -> Option<(RequestHead, bool)> {
+        let end = self.take_head(Flow::Request)?;
+        let keeps = self.slots.iter().any(|slot| slot.interest.keeps_request);
+        let head = if keeps { self.request.clone() } else { self.request.take() };
+        Some((RequestHead::Shared(head?), end))
+    }
+
+    pub(super) fn let_go_response(&mut self) -> Option<bool> {
+        let end = self.take_head(Flow::Response)?;
+        self.head_sent = true;
+        Some(end)
+    }
+
+    /// True: the head leaves the chain with this, and nothing follows it. `None`: not now.
+    pub(super) fn take_head(&mut self, flow: Flow) -> Option<bool> {
+        let filters = self.slots.len();
+        let way = self.way(flow);
+        way.head_out(filters).then(|| {
+            way.head_taken = true;
+            way.head_end
+        })
+    }
+
+    /// A filter whose callback is about to run.
+    fn lend(&mut self, flow: Flow, index: usize) -> Option<Box<dyn Filter>> {
+        let slot = self.slots.get_mut(index)?;
+        let filter = slot.filter.take()?;
+        slot.stage_mut(flow).calling = true;
+        Some(filter)
+    }
+
+    fn give_back(&mut self, flow: Flow, index: usize, filter: Box<dyn Filter>) {
+        if let Some(slot) = self.slots.get_mut(index) {
+            slot.filter = Some(filter);
+            slot.stage_mut(flow).calling = false;
+        }
+    }
+
+    fn halted(&mut self, flow: Flow) -> bool {
+        self.way(flow).cut || matches!(self.stop, Some(Stop::Failed(_) | Stop::TooLarge(_) | Stop::Reset))
     }
 
     /// There is something behind what a filter was told last.
     fn more(&self, flow: Flow, index: usize) -> bool {
-        let data = self.stream.data();
-        let stage = data.slots.get(index).map(|slot| slot.stage(flow));
+        let stage = self.slots.get(index).map(|slot| slot.stage(flow));
         stage.is_some_and(|stage| stage.at == At::Body && (stage.fresh || stage.trailers))
     }
 
     /// What a filter has to be told next.
-    fn decide(&self, flow: Flow, step: usize, index: usize) -> Next {
-        let (head_here, head_end) = {
-            let mut state = self.state.borrow_mut();
-            let direction = state.of(flow);
-            (direction.head_at == step, direction.head_end)
-        };
-        let mut data = self.stream.data();
-        let Some(slot) = data.slots.get_mut(index) else { return Next::Idle };
+    fn decide(&mut self, flow: Flow, step: usize, index: usize) -> Next {
+        let way = self.way(flow);
+        let (head_here, head_end) = (way.head_at == step, way.head_end);
+        let Some(slot) = self.slots.get_mut(index) else { return Next::Idle };
         let (interest, limit) = (slot.interest, slot.body_limit);
         let resumed = slot.stage(flow).paused && std::mem::take(&mut slot.wishes.resume[flow as usize]);
         let stage = slot.stage_mut(flow);
@@ -175,77 +335,17 @@ impl Inner {
         }
     }
 
-    /// Runs a callback. Nothing is borrowed meanwhile.
-    pub(super) fn call(&self, index: usize, flow: Flow, event: Event) -> Action {
-        let filter = {
-            let mut data = self.stream.data();
-            let Some(slot) = data.slots.get_mut(index) else { return Action::Continue };
-            slot.stage_mut(flow).calling = true;
-            slot.filter.take()
-        };
-        let Some(mut filter) = filter else { return Action::Continue };
-        let action = filter.on(flow, event, &self.view(index));
-        let mut data = self.stream.data();
-        if let Some(slot) = data.slots.get_mut(index) {
-            slot.filter = Some(filter);
-            slot.stage_mut(flow).calling = false;
-        }
-        action
-    }
-
-    /// Does what a callback said, and what it asked for while it ran.
-    pub(super) fn after(&self, flow: Flow, step: usize, index: usize, action: Action) {
-        let (reply, reset, resumed, limit) = {
-            let mut data = self.stream.data();
-            let Some(slot) = data.slots.get_mut(index) else { return };
-            if slot.wishes.resume[flow.other() as usize] {
-                self.state.borrow_mut().again = true;
-            }
-            let resumed = std::mem::take(&mut slot.wishes.resume[flow as usize]);
-            (slot.wishes.reply.take(), std::mem::take(&mut slot.wishes.reset), resumed, slot.body_limit)
-        };
-        match action {
-            Action::Failed(failed) => self.fail(failed),
-            Action::Respond(reply) => self.respond(index, *reply),
-            _ if reply.is_some() => {
-                if let Some(reply) = reply {
-                    self.respond(index, *reply);
-                }
-            }
-            Action::Reset => self.stop(Stop::Reset),
-            _ if reset => self.stop(Stop::Reset),
-            Action::Pause if !resumed => {
-                let mut data = self.stream.data();
-                let Some(slot) = data.slots.get_mut(index) else { return };
-                let stage = slot.stage_mut(flow);
-                stage.paused = true;
-                if stage.at > At::Headers && stage.body.len() > limit {
-                    drop(data);
-                    self.stop(Stop::TooLarge(flow));
-                }
-            }
-            Action::Continue | Action::Pause => self.pass(flow, step, index),
-        }
-    }
-
-    /// What a filter held goes on to the next one, or out.
-    pub(super) fn pass(&self, flow: Flow, step: usize, index: usize) {
-        let mut data = self.stream.data();
-        let data = &mut *data;
-        let Some(slot) = data.slots.get_mut(index) else { return };
-        if let Some(failed) = lacking(slot, flow) {
-            self.stop(Stop::Failed(failed));
-            return;
-        }
-        let stage = slot.stage_mut(flow);
+    fn pass(&mut self, flow: Flow, step: usize, index: usize) {
+        let last = step + 1 >= self.slots.len();
+        let Some(stage) = self.slots.get_mut(index).map(|slot| slot.stage_mut(flow)) else { return };
         stage.paused = false;
         if stage.at == At::Headers {
-            let mut state = self.state.borrow_mut();
-            let direction = state.of(flow);
-            direction.head_at = step + 1;
-            stage.at = if direction.head_end { At::Done } else { At::Body };
-            if direction.head_end && step + 1 == self.count {
-                direction.out_end = Some(End::Taken);
+            let [request, response] = &mut self.ways;
+            let way = if flow == Flow::Request { request } else { response };
+            way.head_at = step + 1;
+            stage.at = if way.head_end { At::Done } else { At::Body };
+            if way.head_end && last {
+                way.out_end = Some(End::Taken);
             }
             return;
         }
@@ -255,183 +355,77 @@ impl Inner {
             stage.at = At::Done;
         }
         // Also those that the filter made itself at the end of a message without any.
-        let trailers = through && data.trailers_mut(flow).is_some();
-        if step + 1 >= self.count {
-            self.put_out(flow, bytes, through, trailers);
-            return;
-        }
-        let Some(next) = data.slots.get_mut(self.index(flow, step + 1)) else { return };
-        let next = next.stage_mut(flow);
-        let ended = through && !trailers;
-        next.fresh |= !bytes.is_empty() || ended;
-        next.body.push(bytes);
-        next.ended |= ended;
-        next.trailers |= trailers;
-    }
-
-    pub(super) fn stop(&self, stop: Stop) {
-        let mut state = self.state.borrow_mut();
-        // What has gone out cannot be replaced; of TCP nothing is, and why it ends is what counts.
-        let sent = state.response.head_taken && !self.stream.tcp;
-        let stop = if sent && stop != Stop::Local { Stop::Reset } else { stop };
-        state.request.cut = true;
-        if stop == Stop::Reset {
-            state.response.cut = true;
-        }
-        state.stop = Some(stop);
-        drop(state);
-        for waiter in [Waiter::Request, Waiter::Response, Waiter::Stop] {
-            self.stream.wake(waiter);
+        let trailers = through && self.trailers_mut(flow).is_some();
+        if last {
+            self.way(flow).put_out(bytes, through, trailers);
+        } else {
+            self.push(flow, step + 1, bytes, through && !trailers, trailers);
         }
     }
 
-    pub(super) fn fail(&self, failed: Failed) {
-        self.stop(Stop::Failed(failed));
+    /// What comes into a direction behind its head. False: no filter gets it.
+    fn take_in(&mut self, flow: Flow, bytes: Bytes, end: bool, trailers: bool) -> bool {
+        let filters = self.slots.len();
+        let way = self.way(flow);
+        if way.cut || way.out_end.is_some() {
+            return false;
+        }
+        let first = way.first;
+        if first >= filters {
+            // No filter in this direction: what comes in goes out.
+            way.put_out(bytes, end, trailers);
+            return false;
+        }
+        self.push(flow, first, bytes, end, trailers);
+        true
     }
 
-    /// A filter answers.
-    pub(super) fn respond(&self, index: usize, reply: LocalResponse) {
-        let grpc = {
-            let mut data = self.stream.data();
-            if data.head_sent {
-                drop(data);
-                self.stop(Stop::Reset);
-                return;
-            }
-            if let Some(slot) = data.slots.get_mut(index) {
-                // An answer to the request may still be replaced in its own response phase.
-                slot.answered = slot.response.at != At::Waiting;
-            }
-            self.state.borrow().grpc
-        };
-        let (head, body) = reply.into_head(grpc);
-        self.answer(index + 1, head, body);
-        self.stop(Stop::Local);
-        self.advance(Flow::Response);
+    /// Gives something to the filter at a step.
+    fn push(&mut self, flow: Flow, step: usize, bytes: Bytes, ended: bool, trailers: bool) {
+        let index = self.index(flow, step);
+        let Some(stage) = self.slots.get_mut(index).map(|slot| slot.stage_mut(flow)) else { return };
+        stage.fresh |= !bytes.is_empty() || ended;
+        stage.body.push(bytes);
+        stage.ended |= ended;
+        stage.trailers |= trailers;
     }
 
     /// A whole response from inside the filter `below - 1`, in place of whatever was on its way.
-    pub(super) fn answer(&self, below: usize, head: response::Parts, body: Bytes) {
+    pub(super) fn answer(&mut self, below: usize, head: response::Parts, body: Bytes) {
         let end = body.is_empty();
         self.begin_response(below, head, end);
-        let first = self.state.borrow().response.first;
-        if first >= self.count {
-            self.put_out(Flow::Response, body, true, false);
-            return;
-        }
-        if end {
-            return;
-        }
-        if let Some(slot) = self.stream.data().slots.get_mut(self.index(Flow::Response, first)) {
-            slot.response.body.push(body);
-            slot.response.fresh = true;
-            slot.response.ended = true;
+        let first = self.way(Flow::Response).first;
+        if first >= self.slots.len() {
+            self.way(Flow::Response).put_out(body, true, false);
+        } else if !end {
+            self.push(Flow::Response, first, body, true, false);
         }
     }
 
     /// A response goes to the filters below an index that were reached and have not begun with one.
-    pub(super) fn begin_response(&self, below: usize, head: response::Parts, end: bool) {
-        let mut data = self.stream.data();
-        let reached = data.slots.iter().take_while(|slot| slot.request.at != At::Waiting).count();
-        let fresh = data.slots.iter().take_while(|slot| slot.response.at == At::Waiting).count();
+    pub(super) fn begin_response(&mut self, below: usize, head: response::Parts, end: bool) {
+        let reached = self.slots.iter().take_while(|slot| slot.request.at != At::Waiting).count();
+        let fresh = self.slots.iter().take_while(|slot| slot.response.at == At::Waiting).count();
         let below = below.min(reached).min(fresh);
-        for slot in data.slots.iter_mut().skip(below) {
+        for slot in self.slots.iter_mut().skip(below) {
             slot.response.at = At::Done;
             slot.response.paused = false;
             slot.response.body = Buffer::default();
         }
-        data.response.head = Some(head);
-        data.response.trailers = None;
-        let first = self.count - below;
+        self.response = Some(head);
+        *self.trailers_mut(Flow::Response) = None;
+        let first = self.slots.len() - below;
         let out_end = (end && below == 0).then_some(End::Taken);
-        let response = Direction { begun: true, first, head_at: first, head_end: end, out_end, ..Direction::default() };
-        self.state.borrow_mut().response = response;
-    }
-
-    /// Instances that ended, and wishes of paused filters.
-    pub(super) fn look_for_losses(&self) {
-        for index in 0..self.count {
-            let filter = {
-                let mut data = self.stream.data();
-                data.slots.get_mut(index).and_then(|slot| slot.filter.take())
-            };
-            let Some(mut filter) = filter else { continue };
-            let lost = filter.lost(&self.view(index));
-            if let Some(slot) = self.stream.data().slots.get_mut(index) {
-                slot.filter = Some(filter);
-                if matches!(lost, Some(Action::Continue)) {
-                    slot.wishes.resume = [true; 2];
-                }
-            }
-            self.end_by(index, lost);
-        }
-    }
-
-    /// Ends the exchange where a filter failed or asked for its end. What it lets go is left to a run.
-    fn end_by(&self, index: usize, action: Option<Action>) {
-        let (reply, reset) = {
-            let mut data = self.stream.data();
-            let Some(slot) = data.slots.get_mut(index) else { return };
-            (slot.wishes.reply.take(), std::mem::take(&mut slot.wishes.reset))
-        };
-        match (action, reply) {
-            (Some(Action::Failed(failed)), _) => self.fail(failed),
-            (Some(Action::Respond(reply)), _) | (_, Some(reply)) => self.respond(index, *reply),
-            (Some(Action::Reset), _) => self.stop(Stop::Reset),
-            _ if reset => self.stop(Stop::Reset),
-            _ => {}
-        }
-    }
-
-    /// Tells every filter that a side is gone.
-    pub(super) fn close(&self, flow: Flow, peer: Peer) {
-        for index in 0..self.count {
-            let action = self.call(index, flow, Event::Closed(peer));
-            if let Some(slot) = self.stream.data().slots.get_mut(index) {
-                // Where it holds nothing there is nothing to let go, now or later.
-                slot.wishes.resume[flow as usize] &= slot.stage(flow).paused;
-            }
-            self.end_by(index, Some(action));
-        }
-        // The client's end is told last: nothing goes on then.
-        if flow == Flow::Response {
-            self.state.borrow_mut().again = true;
-            self.run(flow);
-        }
-    }
-
-    pub(super) fn finish(&self) {
-        if std::mem::replace(&mut self.state.borrow_mut().done, true) {
-            return;
-        }
-        let tcp = self.stream.tcp;
-        self.stream.data().logging = true;
-        let take = |index: usize| self.stream.data().slots.get_mut(index).and_then(|slot| slot.filter.take());
-        for index in (0..self.count).filter(|_| !tcp) {
-            if let Some(mut filter) = take(index) {
-                filter.log(&self.view(index));
-                if let Some(slot) = self.stream.data().slots.get_mut(index) {
-                    slot.filter = Some(filter);
-                }
-            }
-        }
-        for index in 0..self.count {
-            if let Some(mut filter) = take(index) {
-                filter.done(&self.view(index));
-            }
-        }
-        let mut state = self.state.borrow_mut();
-        state.request.cut = true;
-        state.response.cut = true;
-        drop(state);
-        self.stream.wake(Waiter::Request);
+        *self.way(Flow::Response) =
+            Way { begun: true, first, head_at: first, head_end: end, out_end, ..Way::default() };
     }
 }
 
 /// A filter took away what the message cannot do without.
-fn lacking(slot: &Slot, flow: Flow) -> Option<Failed> {
-    const REQUEST: [&str; 4] = [":method", ":path", ":authority", ":scheme"];
-    let lacking = slot.edits[flow as usize].lacking(if flow == Flow::Request { &REQUEST } else { &[":status"] })?;
+#[cold]
+fn lacking(slot: &Slot, flow: Flow) -> Option<Box<Failed>> {
+    let names = if flow == Flow::Request { REQUEST_PSEUDO } else { RESPONSE_PSEUDO };
+    let lacking = slot.edits[flow as usize].lacking(names)?;
     let filter = slot.filter.as_ref().map_or_else(String::new, |filter| filter.name().to_owned());
-    Some(Failed { filter, reason: format!("it removed {lacking}") })
+    Some(Box::new(Failed { filter, reason: format!("it removed {lacking}") }))
 }

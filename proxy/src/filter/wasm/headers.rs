@@ -5,6 +5,7 @@ use std::cell::RefCell;
 use http::uri::{Authority, PathAndQuery, Scheme, Uri};
 use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Version, header, request, response};
 
+use super::super::stream::{REQUEST_PSEUDO, RESPONSE_PSEUDO};
 use super::super::{Edits, HeadRef};
 use super::abi::{Pair, Status};
 
@@ -40,7 +41,7 @@ pub(super) trait Head {
 }
 
 impl Head for request::Parts {
-    const PSEUDO: &'static [&'static str] = &[":method", ":path", ":authority", ":scheme"];
+    const PSEUDO: &'static [&'static str] = REQUEST_PSEUDO;
 
     fn pseudo(&self, name: &str) -> Option<&[u8]> {
         match name {
@@ -122,7 +123,7 @@ impl Head for request::Parts {
 }
 
 impl Head for response::Parts {
-    const PSEUDO: &'static [&'static str] = &[":status"];
+    const PSEUDO: &'static [&'static str] = RESPONSE_PSEUDO;
 
     fn pseudo(&self, name: &str) -> Option<&[u8]> {
         (name == ":status").then(|| self.status.as_str().as_bytes())
@@ -209,10 +210,11 @@ fn admit<H: Head>(head: &H, edits: &mut Edits, more: usize) -> Reply {
 
 /// Index of a pseudo header, with `host` as another name of `:authority`.
 fn pseudo_index<H: Head>(key: &[u8]) -> Option<usize> {
-    let key: &[u8] = if key.eq_ignore_ascii_case(b"host") { b":authority" } else { key };
-    if key.first() != Some(&b':') {
-        return None;
-    }
+    let key = match key {
+        [b':', ..] => key,
+        [_, _, _, _] if key.eq_ignore_ascii_case(b"host") => b":authority",
+        _ => return None,
+    };
     H::PSEUDO.iter().position(|name| key.eq_ignore_ascii_case(name.as_bytes()))
 }
 
@@ -285,15 +287,16 @@ fn replace_pseudo<H: Head>(head: &mut H, edits: &mut Edits, index: usize, value:
     if value.len() > BLOCK {
         return Err(Status::BadArgument);
     }
+    let same = head.pseudo(name) == Some(value);
     head.set_pseudo(name, value)?;
-    edits.lacks(index, false);
+    edits.writes(index, !same);
     Ok(())
 }
 
 /// Removes every value of a key.
 pub(super) fn remove<H: Head>(head: &mut H, edits: &mut Edits, key: &[u8]) -> Reply {
     if let Some(index) = pseudo_index::<H>(key) {
-        edits.lacks(index, true);
+        edits.removes(index);
         return Ok(());
     }
     let name = name_of(key)?;
@@ -339,16 +342,19 @@ pub(super) fn replace_all<H: Head>(head: &mut H, edits: &mut Edits, pairs: &[Pai
         let name = H::PSEUDO.get(*index).ok_or(Status::BadArgument)?;
         if let Err(status) = head.set_pseudo(name, value) {
             *head.fields_mut() = old;
-            for (name, value) in H::PSEUDO.iter().zip(before) {
-                value.map_or(Ok(()), |value| head.set_pseudo(name, &value))?;
+            for (name, value) in H::PSEUDO.iter().zip(&before) {
+                value.as_ref().map_or(Ok(()), |value| head.set_pseudo(name, value))?;
             }
             return Err(status);
         }
     }
-    for index in 0..H::PSEUDO.len() {
+    for (index, (name, before)) in H::PSEUDO.iter().zip(&before).enumerate() {
         // A scheme is not the guest's to give.
-        let given = pseudo.iter().any(|(at, _)| *at == index) || H::PSEUDO.get(index) == Some(&":scheme");
-        edits.lacks(index, !given);
+        if pseudo.iter().any(|(at, _)| *at == index) || *name == ":scheme" {
+            edits.writes(index, head.pseudo(name) != before.as_deref());
+        } else {
+            edits.removes(index);
+        }
     }
     Ok(())
 }

@@ -362,10 +362,14 @@ impl Host {
         self.own = view;
         self.allocating = false;
         self.timed_out = false;
-        self.budget.arm(self.plugin().call_time);
-        if let Some(root) = self.roots.get(root) {
-            Counters::bump(&root.counters.calls, 1);
-        }
+        let limit = match self.roots.get(root) {
+            Some(root) => {
+                Counters::bump(&root.counters.calls, 1);
+                root.spec.call_time
+            }
+            None => self.spec.call_time,
+        };
+        self.budget.arm(limit);
     }
 
     /// The callback has returned.
@@ -476,25 +480,28 @@ impl From<Status> for Fault {
 
 pub(super) type Call<T = ()> = Result<T, Fault>;
 
-fn memory_of(caller: &mut Caller<'_, Host>) -> Call<Memory> {
-    // Not known yet while the `start` section runs.
-    let known = caller.data().memory;
-    known
-        .or_else(|| caller.get_export("memory").and_then(wasmtime::Extern::into_memory))
-        .ok_or(Fault::Status(Status::InvalidMemoryAccess))
+/// Of an instance that still starts: it is not known yet.
+#[cold]
+fn exported_memory(caller: &mut Caller<'_, Host>) -> Call<Memory> {
+    let memory = caller.get_export("memory").and_then(wasmtime::Extern::into_memory);
+    memory.ok_or(Fault::Status(Status::InvalidMemoryAccess))
 }
 
 /// The guest's memory and the host's data, side by side.
 pub(super) fn split<'a>(caller: &'a mut Caller<'_, Host>) -> Call<(&'a mut [u8], &'a mut Host)> {
-    let memory = memory_of(caller)?;
+    let memory = match caller.data().memory {
+        Some(memory) => memory,
+        None => exported_memory(caller)?,
+    };
     Ok(memory.data_and_store_mut(caller))
 }
 
-/// `len` bytes at `ptr`, checked in 64 bits.
+/// `len` bytes at `ptr`; no sum that could overflow.
 pub(super) fn slice(memory: &[u8], ptr: u32, len: u32) -> Result<&[u8], Status> {
-    let end = u64::from(ptr) + u64::from(len);
-    let range = usize::try_from(ptr).ok().zip(usize::try_from(end).ok()).ok_or(Status::InvalidMemoryAccess)?;
-    memory.get(range.0..range.1).ok_or(Status::InvalidMemoryAccess)
+    let (Ok(ptr), Ok(len)) = (usize::try_from(ptr), usize::try_from(len)) else {
+        return Err(Status::InvalidMemoryAccess);
+    };
+    memory.get(ptr..).and_then(|behind| behind.get(..len)).ok_or(Status::InvalidMemoryAccess)
 }
 
 /// Whether the guest has memory for a result there.
@@ -578,7 +585,7 @@ mod tests {
     }
 
     #[test]
-    fn slices_are_checked_in_64_bits() {
+    fn slices_are_checked_without_overflow() {
         let memory = [1, 2, 3];
         assert_eq!(slice(&memory, 1, 2), Ok(&[2, 3][..]));
         assert_eq!(slice(&memory, u32::MAX, u32::MAX), Err(Status::InvalidMemoryAccess));

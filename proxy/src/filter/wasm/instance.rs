@@ -30,6 +30,12 @@ pub(in super::super) struct Failure {
     pub(in super::super) timeout: bool,
 }
 
+impl From<Box<Failure>> for Failure {
+    fn from(failure: Box<Self>) -> Self {
+        *failure
+    }
+}
+
 struct Inner {
     store: Store<Host>,
     callbacks: Rc<Callbacks>,
@@ -86,7 +92,7 @@ impl Instance {
                     timeout: false,
                 });
             }
-            Err(failure) => return Err(Failure { message: format!("start-up: {}", failure.message), ..failure }),
+            Err(failure) => return Err(Failure { message: format!("start-up: {}", failure.message), ..*failure }),
         };
         let callbacks = Callbacks::of(&mut store, &instance)
             .map_err(|error| Failure { message: format!("{error:#}"), timeout: false })?;
@@ -105,28 +111,32 @@ impl Instance {
         self.dead.get()
     }
 
-    fn with<R>(&self, f: impl FnOnce(&mut Inner) -> Result<R, Failure>) -> Result<R, Failure> {
-        let gone = |message: &str| Failure { message: message.into(), timeout: false };
+    fn with<R>(&self, f: impl FnOnce(&mut Inner) -> Result<R, Box<Failure>>) -> Result<R, Box<Failure>> {
+        let gone = |message: &str| Box::new(Failure { message: message.into(), timeout: false });
         if self.dead() {
             return Err(gone("its instance has ended"));
         }
         let mut inner = self.inner.try_borrow_mut().map_err(|_| gone("its instance was entered twice"))?;
         let result = f(&mut inner);
         if result.is_err() {
-            self.dead.set(true);
-            inner.store.data().inbox.close();
-            // Those that wait for a resume would wait for ever.
-            for context in inner.store.data().contexts.values() {
-                if let Some(stream) = context.stream.as_ref().and_then(|(stream, _)| stream.upgrade()) {
-                    stream.notify();
-                }
-            }
+            self.die(&inner);
         }
         result
     }
 
-    /// Runs a callback of a context of the plugin `root` under its limits. Whatever the guest asks for of streams is left in them and done by
-    /// their exchanges when this has returned.
+    #[cold]
+    fn die(&self, inner: &Inner) {
+        self.dead.set(true);
+        inner.store.data().inbox.close();
+        // Those that wait for a resume would wait for ever.
+        for context in inner.store.data().contexts.values() {
+            if let Some(stream) = context.stream.as_ref().and_then(|(stream, _)| stream.upgrade()) {
+                stream.notify();
+            }
+        }
+    }
+
+    /// Runs a callback of a context of the plugin `root` under its limits; see [`Self::enter`].
     pub(super) fn call<R>(
         &self,
         context: u32,
@@ -134,21 +144,24 @@ impl Instance {
         phase: Phase,
         view: Option<View>,
         f: impl FnOnce(&mut Store<Host>, &Callbacks) -> wasmtime::Result<R>,
-    ) -> Result<R, Failure> {
+    ) -> Result<R, Box<Failure>> {
+        self.enter(root, |inner| {
+            inner.store.data_mut().begin(context, root, phase, view);
+            f(&mut inner.store, &inner.callbacks)
+        })
+    }
+
+    /// Runs callbacks of the plugin `root`, each of them begun by [`Host::begin`]. Whatever the guest asks for of streams is left in them and
+    /// done by their exchanges when this has returned.
+    fn enter<R>(&self, root: usize, f: impl FnOnce(&mut Inner) -> wasmtime::Result<R>) -> Result<R, Box<Failure>> {
         let (result, orders) = self.with(|inner| {
-            let Inner { store, callbacks, .. } = inner;
-            let result = guarded(&self.watch, store, Some(root), |store| {
-                store.data_mut().begin(context, root, phase, view);
-                f(store, callbacks)
-            });
-            let host = store.data_mut();
+            let result = guarded(&self.watch, inner, Some(root), f);
+            let host = inner.store.data_mut();
             host.end();
-            let orders = &mut host.calls.orders;
-            result.map(|result| (result, (!orders.is_empty()).then(|| std::mem::take(orders))))
+            result.map(|result| (result, !host.calls.orders.is_empty()))
         })?;
-        if let Some(orders) = orders
-            && let Some(me) = self.me.upgrade()
-        {
+        if orders && let Some(me) = self.me.upgrade() {
+            let orders = self.host(|host| std::mem::take(&mut host.calls.orders)).unwrap_or_default();
             self.tasks.borrow_mut().dispatch(&me, orders);
         }
         Ok(result)
@@ -194,7 +207,7 @@ impl Instance {
                     message: format!("{name} returned false: it refuses its configuration"),
                     timeout: false,
                 }),
-                Err(failure) => Err(Failure { message: format!("{name}: {}", failure.message), ..failure }),
+                Err(failure) => Err(Failure { message: format!("{name}: {}", failure.message), ..*failure }),
             }
         };
         let accepts = |callback: &Option<TypedFunc<(u32, u32), u32>>, store: &mut Store<Host>, bytes: &[u8]| {
@@ -237,7 +250,7 @@ impl Instance {
             callbacks.delete.as_ref().map_or(Ok(()), |delete| delete.call(store, id))
         });
         self.remove_root(id, root);
-        result
+        Ok(result?)
     }
 
     fn remove_root(&self, id: u32, root: usize) {
@@ -257,73 +270,81 @@ impl Instance {
         inner.store.data().roots.get(root).map(|root| root.id).filter(|id| *id != 0)
     }
 
-    /// Makes a stream context; its id.
-    pub(super) fn create(&self, root: usize, view: &View) -> Result<u32, Failure> {
-        let (context, parent) = self.with(|inner| {
+    /// Makes a stream context; its id. `None`: the plugin has used up its share of the worker's time.
+    pub(super) fn create(&self, root: usize, view: &View) -> Result<Option<u32>, Box<Failure>> {
+        self.enter(root, |inner| {
+            if inner.store.data().meter(Some(root)).over() {
+                return Ok(None);
+            }
             let stream = Some((Rc::downgrade(&view.stream), view.index));
             let context = take_id(inner, Context { root, stream });
-            let root = inner.store.data().roots.get(root);
-            if let Some(root) = root {
+            let host = inner.store.data_mut();
+            let mut parent = 0;
+            if let Some(root) = host.roots.get(root) {
                 Counters::bump(&root.counters.requests, 1);
+                parent = root.id;
             }
-            Ok((context, root.map_or(0, |root| root.id)))
-        })?;
-        self.call(context, root, Phase::Stream, Some(view.clone()), |store, callbacks| {
-            callbacks.create.as_ref().map_or(Ok(()), |create| create.call(store, (context, parent)))
-        })?;
-        Ok(context)
+            host.begin(context, root, Phase::Stream, Some(view.clone()));
+            if let Some(create) = &inner.callbacks.create {
+                create.call(&mut inner.store, (context, parent))?;
+            }
+            Ok(Some(context))
+        })
     }
 
-    /// Something comes to a stream context. True: it pauses.
+    /// Something comes to a stream context. True: it pauses. Nothing happens where the guest has no callback for it.
     pub(super) fn on(
         &self,
         (context, root): (u32, usize),
         flow: Flow,
         event: Event,
         view: &View,
-    ) -> Result<bool, Failure> {
-        let paused = self.call(context, root, Phase::Stream, Some(view.clone()), |store, callbacks| {
-            callbacks.call(store, context, flow, event, view)
-        })?;
-        Ok(paused != 0)
-    }
-
-    /// True: the guest has a callback for this.
-    pub(super) fn has(&self, flow: Flow, event: Event, tcp: bool) -> bool {
-        self.inner.try_borrow().is_ok_and(|inner| inner.callbacks.has(flow, event, tcp))
-    }
-
-    /// `on_log`.
-    pub(super) fn log(&self, (context, root): (u32, usize), view: &View) -> Result<(), Failure> {
-        if self.inner.try_borrow().is_ok_and(|inner| inner.callbacks.log.is_none()) {
-            return Ok(());
-        }
-        self.call(context, root, Phase::Log, Some(view.clone()), |store, callbacks| {
-            callbacks.log.as_ref().map_or(Ok(()), |log| log.call(store, context))
+    ) -> Result<bool, Box<Failure>> {
+        self.enter(root, |Inner { store, callbacks, .. }| {
+            if !callbacks.has(flow, event, view.is_tcp()) {
+                return Ok(false);
+            }
+            store.data_mut().begin(context, root, Phase::Stream, Some(view.clone()));
+            Ok(callbacks.call(store, context, flow, event, view)? != 0)
         })
     }
 
-    /// `on_done` and `on_delete` of a stream context; of TCP with `on_log` between them.
-    pub(super) fn end(&self, (context, root): (u32, usize), view: &View) -> Result<(), Failure> {
-        let result = self.call(context, root, Phase::Done, Some(view.clone()), |store, callbacks| {
-            if let Some(done) = &callbacks.done {
+    /// `on_log`.
+    pub(super) fn log(&self, (context, root): (u32, usize), view: &View) -> Result<(), Box<Failure>> {
+        self.enter(root, |inner| inner.log(context, root, view))
+    }
+
+    /// `on_done` and `on_delete` of a stream context. With `log`, `on_log` as well: in front of them, of TCP between them.
+    pub(super) fn end(&self, (context, root): (u32, usize), view: &View, log: bool) -> Result<(), Box<Failure>> {
+        let tcp = view.is_tcp();
+        let result = self.enter(root, |inner| {
+            if log && !tcp {
+                inner.log(context, root, view)?;
+            }
+            if let Some(done) = &inner.callbacks.done {
+                inner.store.data_mut().begin(context, root, Phase::Done, Some(view.clone()));
                 // A stream ends whatever the guest says.
-                done.call(&mut *store, context)?;
+                done.call(&mut inner.store, context)?;
             }
-            if let Some(log) = callbacks.log.as_ref().filter(|_| view.is_tcp()) {
-                store.data_mut().begin(context, root, Phase::Log, Some(view.clone()));
-                log.call(&mut *store, context)?;
+            if log && tcp {
+                inner.log(context, root, view)?;
             }
-            if let Some(delete) = &callbacks.delete {
-                store.data_mut().begin(context, root, Phase::Done, Some(view.clone()));
-                delete.call(&mut *store, context)?;
+            if let Some(delete) = &inner.callbacks.delete {
+                inner.store.data_mut().begin(context, root, Phase::Done, Some(view.clone()));
+                delete.call(&mut inner.store, context)?;
             }
             Ok(())
         });
-        if let Ok(mut inner) = self.inner.try_borrow_mut() {
-            inner.store.data_mut().contexts.remove(&context);
-        }
+        self.host(|host| host.contexts.remove(&context));
         result
+    }
+}
+
+impl Inner {
+    fn log(&mut self, context: u32, root: usize, view: &View) -> wasmtime::Result<()> {
+        let Some(log) = &self.callbacks.log else { return Ok(()) };
+        self.store.data_mut().begin(context, root, Phase::Log, Some(view.clone()));
+        log.call(&mut self.store, context)
     }
 }
 
@@ -347,21 +368,39 @@ impl Drop for Instance {
     }
 }
 
+/// A store, or what has one.
+trait Stored {
+    fn store(&mut self) -> &mut Store<Host>;
+}
+
+impl Stored for Store<Host> {
+    fn store(&mut self) -> &mut Store<Host> {
+        self
+    }
+}
+
+impl Stored for Inner {
+    fn store(&mut self) -> &mut Store<Host> {
+        &mut self.store
+    }
+}
+
 /// Runs guest code under the ticker. Any trap, and any panic of a host function, is a failure.
-fn guarded<R>(
+fn guarded<S: Stored, R>(
     watch: &Watch,
-    store: &mut Store<Host>,
+    stored: &mut S,
     root: Option<usize>,
-    f: impl FnOnce(&mut Store<Host>) -> wasmtime::Result<R>,
-) -> Result<R, Failure> {
+    f: impl FnOnce(&mut S) -> wasmtime::Result<R>,
+) -> Result<R, Box<Failure>> {
+    let store = stored.store();
     let _in_call = watch.enter(store.data().meter(root));
     store.set_epoch_deadline(1);
-    let result = catch_unwind(AssertUnwindSafe(|| f(store)));
-    match result {
+    match catch_unwind(AssertUnwindSafe(|| f(stored))) {
         Ok(Ok(value)) => Ok(value),
-        Ok(Err(error)) => Err(explain(&error, store.data())),
+        Ok(Err(error)) => Err(Box::new(explain(&error, stored.store().data()))),
         Err(_) => {
-            Err(Failure { message: "a host function panicked; this is a fault of the proxy".into(), timeout: false })
+            let message = "a host function panicked; this is a fault of the proxy".into();
+            Err(Box::new(Failure { message, timeout: false }))
         }
     }
 }

@@ -70,10 +70,10 @@ impl Instance {
     ) -> Result<(), Failure> {
         let index = self.host(|host| host.roots.iter().position(|root| root.id == id)).flatten();
         let Some(index) = index else { return Ok(()) };
-        self.call(id, index, Phase::Root, None, |store, callbacks| {
+        Ok(self.call(id, index, Phase::Root, None, |store, callbacks| {
             store.data_mut().delivery = Some(delivery);
             f(store, callbacks)
-        })
+        })?)
     }
 
     /// True: a plugin has used up its share of the worker's time.

@@ -26,21 +26,30 @@ impl WasmFilter {
         Self { plugin, state: State::New }
     }
 
-    /// The filter's context, made when it is first needed.
-    fn enter(&mut self, view: &View) -> Result<(&Entered, u32), String> {
-        if matches!(self.state, State::New) {
-            let entered = acquire(&self.plugin)?;
-            if entered.instance.over(entered.root) {
-                self.plugin.throttled();
-                return Err("it has used up its share of the worker's time (limits.cpuShare)".into());
+    /// Makes the filter's context: when it is first needed.
+    fn begin(&mut self, view: &View) -> Result<(), String> {
+        let entered = acquire(&self.plugin)?;
+        match entered.instance.create(entered.root, view) {
+            Ok(Some(context)) => {
+                self.state = State::In(entered, context);
+                Ok(())
             }
-            let context = entered.instance.create(entered.root, view).map_err(|failure| self.report(failure))?;
-            self.state = State::In(entered, context);
+            Ok(None) => {
+                self.plugin.throttled();
+                Err("it has used up its share of the worker's time (limits.cpuShare)".into())
+            }
+            Err(failure) => Err(self.report(*failure)),
+        }
+    }
+
+    /// The same for a filter that the exchange never reached, at its end; it is in its instance then, unless that is not to be had.
+    fn end(&mut self, view: &View) -> Option<(&Entered, u32)> {
+        if matches!(self.state, State::New) {
+            self.begin(view).ok()?;
         }
         match &self.state {
-            State::In(entered, _) if entered.instance.dead() => Err("its instance ended under the exchange".into()),
-            State::In(entered, context) => Ok((entered, *context)),
-            State::New | State::Out => Err("it is not in this exchange".into()),
+            State::In(entered, context) if !entered.instance.dead() => Some((entered, *context)),
+            State::In(..) | State::New | State::Out => None,
         }
     }
 
@@ -57,51 +66,54 @@ impl WasmFilter {
     }
 
     fn closed(&self, reason: String) -> Action {
-        Action::Failed(Failed { filter: self.plugin.name().to_owned(), reason })
+        Action::Failed(Box::new(Failed { filter: self.plugin.name().to_owned(), reason }))
+    }
+
+    fn over(&mut self, view: &View, log: bool) {
+        let Some((entered, context)) = self.end(view) else { return };
+        let result = entered.instance.end((context, entered.root), view, log);
+        self.state = State::Out;
+        if let Err(failure) = result {
+            self.report(*failure);
+        }
     }
 }
 
 impl Filter for WasmFilter {
     fn on(&mut self, flow: Flow, event: Event, view: &View) -> Action {
-        if matches!(self.state, State::Out) {
-            return Action::Continue;
+        if matches!(self.state, State::New)
+            && let Err(reason) = self.begin(view)
+        {
+            return self.without(view, reason);
         }
-        let tcp = view.is_tcp();
-        let (entered, context) = match self.enter(view) {
-            Ok(entered) => entered,
-            Err(reason) => return self.without(view, reason),
-        };
-        if !entered.instance.has(flow, event, tcp) {
-            return Action::Continue;
+        let State::In(entered, context) = &self.state else { return Action::Continue };
+        if entered.instance.dead() {
+            return self.without(view, "its instance ended under the exchange".into());
         }
-        match entered.instance.on((context, entered.root), flow, event, view) {
+        match entered.instance.on((*context, entered.root), flow, event, view) {
             Ok(false) => Action::Continue,
             Ok(true) => Action::Pause,
             Err(failure) => {
-                let reason = self.report(failure);
+                let reason = self.report(*failure);
                 self.without(view, reason)
             }
         }
     }
 
     fn log(&mut self, view: &View) {
-        let Ok((entered, context)) = self.enter(view) else { return };
+        let Some((entered, context)) = self.end(view) else { return };
         if let Err(failure) = entered.instance.log((context, entered.root), view) {
-            self.report(failure);
+            self.report(*failure);
         }
     }
 
     fn done(&mut self, view: &View) {
-        if matches!(self.state, State::New) && self.enter(view).is_err() {
-            return;
-        }
-        let State::In(entered, context) = std::mem::replace(&mut self.state, State::Out) else { return };
-        if entered.instance.dead() {
-            return;
-        }
-        if let Err(failure) = entered.instance.end((context, entered.root), view) {
-            self.report(failure);
-        }
+        // Of TCP nothing has logged yet.
+        self.over(view, view.is_tcp());
+    }
+
+    fn log_and_done(&mut self, view: &View) {
+        self.over(view, true);
     }
 
     fn name(&self) -> &str {

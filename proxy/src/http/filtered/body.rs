@@ -4,14 +4,14 @@ use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::Instant;
 
-use ::http::{HeaderMap, Version, request, response};
+use ::http::{HeaderMap, Version, response};
 use bytes::Bytes;
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 use tokio::time::Sleep;
 
 use super::super::body::{BodyError, Tail};
-use crate::filter::{self, Chain, Flow, Stop};
+use crate::filter::{self, Chain, Flow, RequestHead, Stop};
 use crate::upstream::Received;
 
 /// Bytes of a body that are taken ahead where they are there when the head leaves.
@@ -162,7 +162,7 @@ impl FilteredRequest {
     }
 
     /// The head, when all filters have let it go; meanwhile as much of the body is read as they may hold.
-    pub(super) async fn head(&mut self, reads: bool) -> Result<request::Parts, Stop> {
+    pub(super) async fn head(&mut self, reads: bool) -> Result<RequestHead, Stop> {
         std::future::poll_fn(|cx| {
             loop {
                 self.chain.settle();
@@ -211,6 +211,11 @@ pub(super) struct Outlet {
 }
 
 impl Outlet {
+    /// Of a response that is made inside the chain.
+    pub(super) fn of(chain: Chain) -> Self {
+        Self { chain, inlet: None, whole: None, ended: None, deadline: None }
+    }
+
     /// The response's head, when the filters have let it go; and whether nothing follows it.
     pub(super) async fn head(&mut self, deadline: Option<Instant>) -> Result<(response::Parts, bool), Lost> {
         // As a rule nothing waits, and no timer is needed.

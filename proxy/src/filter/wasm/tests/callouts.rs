@@ -95,7 +95,7 @@ async fn request(chain: &Chain) -> http::request::Parts {
     loop {
         chain.settle();
         if let Some((head, _)) = chain.take_request() {
-            return head;
+            return head.into();
         }
         tokio::task::yield_now().await;
     }

@@ -155,7 +155,7 @@ impl Driven {
     pub(super) fn request_headers(&mut self, head: &mut request::Parts, end: bool) -> Outcome {
         let empty = http::Request::new(()).into_parts().0;
         self.0.request_headers(std::mem::replace(head, empty), end);
-        self.outcome(|chain| chain.take_request().map(|(passed, _)| *head = passed))
+        self.outcome(|chain| chain.take_request().map(|(passed, _)| *head = passed.into()))
     }
 
     pub(super) fn response_headers(&mut self, head: &mut response::Parts, end: bool) -> Outcome {
@@ -176,7 +176,7 @@ impl Driven {
                 };
                 Outcome::Respond(Response::from_parts(head, body))
             }
-            Some(Stop::Failed(failed)) => Outcome::Failed(failed),
+            Some(Stop::Failed(failed)) => Outcome::Failed(*failed),
             Some(Stop::TooLarge(_) | Stop::Reset) => Outcome::Reset,
         }
     }
