@@ -166,7 +166,7 @@ impl Chain {
         Some(taken)
     }
 
-    /// The same without a copy: to be followed by [`Chain::keep_response`], [`Chain::lend`] or [`Chain::done_with`].
+    /// The same without a copy: to be followed by [`Chain::keep_response`] or [`Chain::done_with`].
     pub fn release_response(&self) -> Option<(response::Parts, bool)> {
         let mut data = self.0.data();
         let end = data.let_go_response()?;
@@ -200,16 +200,10 @@ impl Chain {
         }
     }
 
-    /// Filters may read a head that was released while something is done; it is given back.
-    pub fn lend(&self, head: response::Parts, meanwhile: impl FnOnce()) -> Option<response::Parts> {
-        self.0.data().response = Some(head);
-        meanwhile();
-        self.0.data().response.take()
-    }
-
     /// The exchange is over before the response's head leaves: filters log what there is, and it is given back.
     pub fn done_with(&self, head: response::Parts) -> Option<response::Parts> {
-        self.lend(head, || self.0.finish())
+        self.0.data().response = Some(head);
+        self.finish_response(|_| ())
     }
 
     /// Body bytes of a message whose head came before; `end`: nothing follows.

@@ -100,7 +100,7 @@ pub struct Interest {
     pub response_body: bool,
     /// [`Event::Trailers`] of responses
     pub response_trailers: bool,
-    /// It reads the request's head after the request phase (the chain then keeps a copy)
+    /// It reads the request's head after the request phase (the chain then shares it with those who send it)
     pub keeps_request: bool,
     /// It reads the response's head when it logs
     pub keeps_response: bool,
@@ -124,7 +124,7 @@ pub trait Filter {
     /// Something comes to the filter. The message is in `view`.
     fn on(&mut self, flow: Flow, event: Event, view: &View) -> Action;
 
-    /// The exchange is over. Heads are copies.
+    /// The exchange is over. Heads are read-only.
     fn log(&mut self, view: &View);
 
     /// The last call: gives back what the filter held for this exchange.

@@ -293,9 +293,6 @@ impl Exchange {
             let head = chain.done_with(head).ok_or("the response's head is gone")?;
             return Ok(response(head, hops).map(|()| ResponseBody::full(Bytes::new()).holding(running)));
         }
-        if outlet.whole.is_some() {
-            head = chain.lend(head, || outlet.pour()).ok_or("the response's head is gone")?;
-        }
         if outlet.inlet.is_none() {
             frame_headers(&mut head.headers, &chain, Flow::Response);
             if let Some(bytes) = chain.take_whole(Flow::Response) {

@@ -411,3 +411,51 @@ fn a_client_that_expects_a_word_is_told_to_go_on_by_nobody_while_a_filter_waits(
         assert!(word.is_err(), "{word:?}");
     });
 }
+
+/// Says in a header of the response which path the request had when it left the filters.
+const REMEMBERING: &str = r#"(module
+    (import "env" "proxy_get_property" (func $get (param i32 i32 i32 i32) (result i32)))
+    (import "env" "proxy_add_header_map_value" (func $add (param i32 i32 i32 i32 i32) (result i32)))
+    (memory (export "memory") 1)
+    (data (i32.const 1024) "request\00path")
+    (data (i32.const 1040) "x-path")
+    (func (export "proxy_abi_version_0_2_1"))
+    (func (export "malloc") (param i32) (result i32) (i32.const 4096))
+    (func (export "proxy_on_response_headers") (param i32 i32 i32) (result i32)
+        (drop (call $get (i32.const 1024) (i32.const 12) (i32.const 512) (i32.const 516)))
+        (drop (call $add (i32.const 2) (i32.const 1040) (i32.const 6)
+            (i32.load (i32.const 512)) (i32.load (i32.const 516))))
+        (i32.const 0)))"#;
+
+#[test]
+fn what_a_route_makes_of_a_request_is_not_what_its_filters_remember() {
+    run(async {
+        let app = app(|request| ok(request.lines().next().unwrap())).await;
+        let mut client = TestProxy::new("web");
+        client.filter("guest", REMEMBERING).await;
+        let mut reviews = service("reviews", retries());
+        reviews.ports[0].filters = vec!["filter/demo/guest".into()];
+        let path = wire::PathModifier { path: Some(wire::path_modifier::Path::Full("/sent".into())) };
+        let rewrite = wire::Rewrite { path: Some(path), ..wire::Rewrite::default() };
+        let rewrite = wire::RouteFilter { filter: Some(wire::route_filter::Filter::Rewrite(rewrite)) };
+        reviews.ports[0].routes = Some(wire::HttpRoutes {
+            rules: vec![wire::HttpRule {
+                name: "demo/r/0".into(),
+                backends: vec![wire::WeightedBackend {
+                    backend: "demo/reviews:80".into(),
+                    weight: 1,
+                    ..wire::WeightedBackend::default()
+                }],
+                filters: vec![rewrite],
+                ..wire::HttpRule::default()
+            }],
+            matches: vec![wire::HttpMatch::default()],
+        });
+        client.service(&reviews);
+        client.endpoints("demo/reviews:80", vec![endpoint("one", app, None)]);
+        let outbound = client.serve_outbound(Some(Version::Http1), None).await;
+        let response = get(outbound, "reviews", "/asked?for").await;
+        assert!(response.contains("\r\nx-path: /asked?for\r\n"), "{response}");
+        assert!(response.ends_with("GET /sent?for HTTP/1.1"), "{response}");
+    });
+}
