@@ -101,26 +101,16 @@ impl Chain {
 
     /// The request begins.
     pub fn request_headers(&self, head: request::Parts, end: bool) {
-        let mut data = self.0.data();
-        data.begin_request(&head.headers, end);
-        data.request = Some(Rc::new(head));
-        drop(data);
+        self.0.data().begin_request(Rc::new(head), end);
         self.0.advance(Flow::Request);
     }
 
     /// The request begins; true: its head has passed all filters at once, and is where it was.
     pub fn pass_request(&self, head: &mut RequestHead, end: bool) -> bool {
-        let mut data = self.0.data();
-        data.begin_request(&head.headers, end);
-        data.request = Some(head.take());
-        drop(data);
+        self.0.data().begin_request(head.take(), end);
         self.0.advance(Flow::Request);
         let mut data = self.0.data();
-        if data.stop.is_some() {
-            return false;
-        }
-        let passed = data.take_request().map(|(passed, _)| *head = passed);
-        passed.is_some()
+        data.stop.is_none() && data.take_request().map(|(passed, _)| *head = passed).is_some()
     }
 
     /// The request's head, once it has passed all filters; and whether nothing follows it.
@@ -355,8 +345,10 @@ impl Chain {
         {
             let mut data = self.0.data();
             let head_at = data.slots.len();
-            *data.way(Flow::Request) = Way { begun: true, ..Way::default() };
-            *data.way(Flow::Response) = Way { begun: true, head_at, head_taken: true, ..Way::default() };
+            *data.way(Flow::Request) = Way::begun(0, false);
+            let way = data.way(Flow::Response);
+            *way = Way::begun(0, false);
+            (way.head_at, way.head_taken) = (head_at, true);
             for slot in &mut data.slots {
                 slot.response.at = At::Body;
             }

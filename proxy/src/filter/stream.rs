@@ -85,7 +85,7 @@ pub struct Edits {
     /// Pseudo headers that a message cannot do without and that it took away; a bit each
     lacking: u8,
     /// Those that it gave another value
-    rewritten: u8,
+    pub(crate) rewritten: u8,
     /// Bytes of names and values that it wrote
     pub written: usize,
 }
@@ -125,8 +125,8 @@ pub struct Rewritten {
 impl Rewritten {
     pub(crate) fn of(slots: &[Slot]) -> Self {
         let bits = slots.iter().fold(0, |bits, slot| bits | slot.edits[Flow::Request as usize].rewritten);
-        let authority = REQUEST_PSEUDO.iter().position(|name| *name == ":authority");
-        Self { any: bits != 0, authority: authority.is_some_and(|index| bits >> index & 1 == 1) }
+        let written = |name| REQUEST_PSEUDO.iter().position(|one| *one == name).is_some_and(|at| bits >> at & 1 == 1);
+        Self { any: bits != 0, authority: bits != 0 && written(":authority") }
     }
 }
 
@@ -563,11 +563,7 @@ impl Data {
     }
 
     pub(crate) fn way(&mut self, flow: Flow) -> &mut Way {
-        let [request, response] = &mut self.ways;
-        match flow {
-            Flow::Request => request,
-            Flow::Response => response,
-        }
+        &mut self.ways[flow as usize]
     }
 
     /// The filter that is met at a step: responses meet them in reverse.

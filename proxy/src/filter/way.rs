@@ -16,8 +16,8 @@ pub(crate) struct Way {
     pub(crate) head_taken: bool,
     /// Nothing more of it comes out
     pub(crate) cut: bool,
-    pub(super) out: Queue,
-    pub(super) held_out: usize,
+    out: Queue,
+    held_out: usize,
     pub(crate) out_end: Option<End>,
 }
 
@@ -30,6 +30,11 @@ pub(crate) enum End {
 }
 
 impl Way {
+    /// It begins, with a head that a step has; `end`: nothing follows.
+    pub(crate) fn begun(first: usize, end: bool) -> Self {
+        Self { begun: true, first, head_at: first, head_end: end, ..Self::default() }
+    }
+
     /// The head has passed all of so many filters, and nobody took it.
     pub(crate) fn head_out(&self, filters: usize) -> bool {
         self.begun && !self.cut && self.head_at >= filters && !self.head_taken
@@ -86,7 +91,7 @@ impl Way {
 
 /// Chunks, none of them empty. As a rule there is one, which takes no memory of its own.
 #[derive(Default)]
-pub(super) struct Queue {
+struct Queue {
     next: Bytes,
     rest: VecDeque<Bytes>,
 }

@@ -75,26 +75,24 @@ impl Exchange {
     /// Runs them on what follows a head that has passed, or that one of them holds.
     async fn filter_body(&self, incomer: &mut Incomer, passed: bool, end: bool) -> Result<Option<Answer>, Failure> {
         // A body is asked for, unless the client waits for a word of ours.
-        let (Some(chain), reads) = (self.chain.clone(), !self.expects) else { return Ok(None) };
+        let reads = !self.expects;
+        let Some(chain) = self.chain.clone() else { return Ok(None) };
         let Some(body) = incomer.through(chain.clone(), self.version) else { return Ok(None) };
-        if passed {
-            if reads {
-                at_once(|cx| body.fetch(cx)).await;
+        if !passed {
+            let head = match self.deadline {
+                Some(deadline) => tokio::time::timeout_at(deadline.into(), body.head(reads)).await,
+                None => Ok(body.head(reads).await),
+            };
+            match head {
+                Ok(Ok(head)) => incomer.head = head,
+                Ok(Err(stop)) => {
+                    chain.stop_again(stop);
+                    return Ok(Some(Answer::Filters));
+                }
+                Err(_) => return Err(Reason::RequestTimeout.into()),
             }
-            frame_headers(&mut incomer.head.headers, &chain, Flow::Request);
-            return Ok(None);
-        }
-        let head = match self.deadline {
-            Some(deadline) => tokio::time::timeout_at(deadline.into(), body.head(reads)).await,
-            None => Ok(body.head(reads).await),
-        };
-        match head {
-            Ok(Ok(head)) => incomer.head = head,
-            Ok(Err(stop)) => {
-                chain.stop_again(stop);
-                return Ok(Some(Answer::Filters));
-            }
-            Err(_) => return Err(Reason::RequestTimeout.into()),
+        } else if reads {
+            at_once(|cx| body.fetch(cx)).await;
         }
         if !end {
             frame_headers(&mut incomer.head.headers, &chain, Flow::Request);
@@ -142,7 +140,7 @@ impl Exchange {
         chain.info(|info| info.upstream = upstream_address);
         match answer {
             Ok(Answer::Upstream(response, attempt)) => match self.received(response, &attempt) {
-                Ok(response) => return self.enter_upstream(chain, response, attempt),
+                Ok(response) => return enter_upstream(chain, response, attempt),
                 Err(failure) => {
                     attempt.failed();
                     self.made(chain, failure);
@@ -159,46 +157,6 @@ impl Exchange {
         let outlet = Outlet::of(chain.clone());
         let deadline = self.deadline;
         Ok(Entered::Passing(Passing { outlet, attempt: None, head: None, local: true, upgraded: false, deadline }))
-    }
-
-    fn enter_upstream(
-        &mut self,
-        chain: &Chain,
-        response: Response<Received>,
-        attempt: Box<Attempt>,
-    ) -> Result<Entered, BodyError> {
-        let deadline = attempt.deadline;
-        let (head, mut body) = response.into_parts();
-        let upgraded = head.status == StatusCode::SWITCHING_PROTOCOLS;
-        let end = body.is_end_stream();
-        let mut outlet = Outlet::of(chain.clone());
-        // As a rule all of a short response has come with its head.
-        outlet.whole = if end || !chain.in_body(Flow::Response) { None } else { body.take_whole() };
-        if outlet.whole.is_none() {
-            outlet.inlet = Some(Inlet::new(Flow::Response, body, head.version));
-            chain.response_headers(head, end);
-            let attempt = Some(attempt);
-            return Ok(Entered::Passing(Passing { outlet, attempt, head: None, local: false, upgraded, deadline }));
-        }
-        attempt.succeeded(None, Instant::now());
-        chain.response_headers(head, false);
-        let mut passing = Passing { outlet, attempt: None, head: None, local: false, upgraded, deadline };
-        let status = if chain.stopped() { None } else { chain.let_go_response() };
-        match status {
-            None => return Ok(Entered::Passing(passing)),
-            // A filter said that there is no body.
-            Some(StatusCode::NOT_MODIFIED) => {}
-            Some(_) => {
-                passing.outlet.pour();
-                // All of it is through: the exchange is over before the head leaves, and no filter needs a copy of that.
-                if let Some(bytes) = chain.take_whole(Flow::Response) {
-                    let head = chain.finish_response(|head| set_length(&mut head.headers, bytes.len()));
-                    return Ok(Entered::Whole(head.ok_or("the response's head is gone")?, bytes));
-                }
-            }
-        }
-        passing.head = chain.take_response_head().map(|head| (head, false));
-        Ok(Entered::Passing(passing))
     }
 
     /// The response's head, as the filters let it go, or one of the mesh's own in its place; and whether nothing follows it. What has become of
@@ -328,6 +286,42 @@ impl Exchange {
     }
 }
 
+/// Gives an endpoint's response to the filters.
+fn enter_upstream(chain: &Chain, response: Response<Received>, attempt: Box<Attempt>) -> Result<Entered, BodyError> {
+    let deadline = attempt.deadline;
+    let (head, mut body) = response.into_parts();
+    let upgraded = head.status == StatusCode::SWITCHING_PROTOCOLS;
+    let end = body.is_end_stream();
+    let mut outlet = Outlet::of(chain.clone());
+    // As a rule all of a short response has come with its head.
+    outlet.whole = if end || !chain.in_body(Flow::Response) { None } else { body.take_whole() };
+    if outlet.whole.is_none() {
+        outlet.inlet = Some(Inlet::new(Flow::Response, body, head.version));
+        chain.response_headers(head, end);
+        let attempt = Some(attempt);
+        return Ok(Entered::Passing(Passing { outlet, attempt, head: None, local: false, upgraded, deadline }));
+    }
+    attempt.succeeded(None, Instant::now());
+    chain.response_headers(head, false);
+    let mut passing = Passing { outlet, attempt: None, head: None, local: false, upgraded, deadline };
+    let status = if chain.stopped() { None } else { chain.let_go_response() };
+    match status {
+        None => return Ok(Entered::Passing(passing)),
+        // A filter said that there is no body.
+        Some(StatusCode::NOT_MODIFIED) => {}
+        Some(_) => {
+            passing.outlet.pour();
+            // All of it is through: the exchange is over before the head leaves, and no filter needs a copy of that.
+            if let Some(bytes) = chain.take_whole(Flow::Response) {
+                let head = chain.finish_response(|head| set_length(&mut head.headers, bytes.len()));
+                return Ok(Entered::Whole(head.ok_or("the response's head is gone")?, bytes));
+            }
+        }
+    }
+    passing.head = chain.take_response_head().map(|head| (head, false));
+    Ok(Entered::Passing(passing))
+}
+
 /// The length where all of the body is known, else none; HTTP/1 sends only the trailers that are announced, and with a length none.
 fn frame_headers(headers: &mut HeaderMap, chain: &Chain, flow: Flow) {
     if let Some(length) = chain.length(flow) {
@@ -341,16 +335,10 @@ fn frame_headers(headers: &mut HeaderMap, chain: &Chain, flow: Flow) {
 }
 
 fn set_length(headers: &mut HeaderMap, length: usize) {
-    if headers.get(CONTENT_LENGTH).and_then(|value| decimal(value.as_bytes())) != Some(length) {
+    let stated = headers.get(CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse().ok());
+    if stated != Some(length) {
         headers.insert(CONTENT_LENGTH, HeaderValue::from(length));
     }
-}
-
-fn decimal(digits: &[u8]) -> Option<usize> {
-    digits.iter().try_fold(0_usize, |sum, digit| {
-        let digit = digit.checked_sub(b'0').filter(|digit| *digit < 10)?;
-        sum.checked_mul(10)?.checked_add(usize::from(digit))
-    })
 }
 
 /// What has become of a response that the filters were given.

@@ -19,7 +19,7 @@ use super::exchange::{Answer, Exchange, Failure, Incomer};
 use super::made::Made;
 use super::request::{self as outgoing, Outgoing};
 use super::{Asked, Connection};
-use crate::filter::RequestHead;
+use crate::filter::{RequestHead, Rewritten};
 use crate::listen;
 use crate::snapshot::{self, Pinned, Snapshot};
 use crate::upstream::{Label, Target};
@@ -221,8 +221,10 @@ async fn filtered(
     x.chain(&place.snapshot, keys)?;
     Ok(match x.filter_request(inc).await? {
         Some(answer) => Filtered::Answer(answer),
-        None if x.rewritten().any => Filtered::Changed { elsewhere: x.rewritten().authority },
-        None => Filtered::Unchanged,
+        None => match x.rewritten() {
+            Rewritten { any: false, .. } => Filtered::Unchanged,
+            Rewritten { authority, .. } => Filtered::Changed { elsewhere: authority },
+        },
     })
 }
 

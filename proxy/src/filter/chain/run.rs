@@ -6,7 +6,7 @@ use std::cell::RefMut;
 use std::rc::Rc;
 
 use bytes::Bytes;
-use http::{HeaderMap, response};
+use http::{request, response};
 
 use super::super::local::is_grpc;
 use super::super::stream::{At, Data, REQUEST_PSEUDO, RESPONSE_PSEUDO, Slot, Waiter};
@@ -244,10 +244,10 @@ impl Stream {
 }
 
 impl Data {
-    /// The head is put in its place by the caller: it is large.
-    pub(super) fn begin_request(&mut self, headers: &HeaderMap, end: bool) {
-        self.grpc = is_grpc(headers);
-        *self.way(Flow::Request) = Way { begun: true, head_end: end, ..Way::default() };
+    pub(super) fn begin_request(&mut self, head: Rc<request::Parts>, end: bool) {
+        self.grpc = is_grpc(&head.headers);
+        *self.way(Flow::Request) = Way::begun(0, end);
+        self.request = Some(head);
     }
 
     pub(super) fn take_request(&mut self) -> Option<(RequestHead, bool)> {
@@ -340,8 +340,7 @@ impl Data {
         let Some(stage) = self.slots.get_mut(index).map(|slot| slot.stage_mut(flow)) else { return };
         stage.paused = false;
         if stage.at == At::Headers {
-            let [request, response] = &mut self.ways;
-            let way = if flow == Flow::Request { request } else { response };
+            let way = &mut self.ways[flow as usize];
             way.head_at = step + 1;
             stage.at = if way.head_end { At::Done } else { At::Body };
             if way.head_end && last {
@@ -415,9 +414,9 @@ impl Data {
         self.response = Some(head);
         *self.trailers_mut(Flow::Response) = None;
         let first = self.slots.len() - below;
-        let out_end = (end && below == 0).then_some(End::Taken);
-        *self.way(Flow::Response) =
-            Way { begun: true, first, head_at: first, head_end: end, out_end, ..Way::default() };
+        let way = self.way(Flow::Response);
+        *way = Way::begun(first, end);
+        way.out_end = (end && below == 0).then_some(End::Taken);
     }
 }
 

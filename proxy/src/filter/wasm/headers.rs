@@ -463,6 +463,40 @@ mod tests {
     }
 
     #[test]
+    fn what_is_judged_again_is_what_has_another_value() {
+        let pairs = |head: &request::Parts| -> Vec<(Vec<u8>, Vec<u8>)> {
+            pairs(head).map(|(name, value)| (name.to_vec(), value.to_vec())).collect()
+        };
+        let all = |changed: Option<(&str, &str)>| {
+            let (mut head, mut edits) = (request(), Edits::default());
+            let mut pairs = pairs(&head);
+            for (name, value) in &mut pairs {
+                if let Some((_, new)) = changed.filter(|(of, _)| of.as_bytes() == name) {
+                    *value = new.as_bytes().to_vec();
+                }
+            }
+            let pairs: Vec<Pair<'_>> = pairs.iter().map(|(name, value)| (&name[..], &value[..])).collect();
+            replace_all(&mut head, &mut edits, &pairs).unwrap();
+            edits.rewritten
+        };
+        assert_eq!(all(None), 0);
+        for (index, (name, value)) in
+            [(":method", "PATCH"), (":path", "/other"), (":authority", "other")].into_iter().enumerate()
+        {
+            assert_eq!(all(Some((name, value))), 1 << index, "{name}");
+            let (mut head, mut edits) = (request(), Edits::default());
+            let same = head.pseudo(name).unwrap().to_vec();
+            replace(&mut head, &mut edits, name.as_bytes(), &same).unwrap();
+            assert_eq!(edits.rewritten, 0, "{name}");
+            replace(&mut head, &mut edits, name.as_bytes(), value.as_bytes()).unwrap();
+            assert_eq!(edits.rewritten, 1 << index, "{name}");
+        }
+        let (mut head, mut edits) = (request(), Edits::default());
+        add(&mut head, &mut edits, b"Host", b"other").unwrap();
+        assert_eq!(edits.rewritten, 1 << 2);
+    }
+
+    #[test]
     fn all_pairs_are_replaced_at_once() {
         let (mut head, mut edits) = (request(), Edits::default());
         replace_all(

@@ -1,6 +1,7 @@
 //! What the host keeps for one instance: the data of its store.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::hash::{BuildHasherDefault, Hasher};
 use std::rc::Weak;
 use std::sync::Arc;
@@ -282,6 +283,8 @@ pub(super) struct Host {
     pub(super) root: usize,
     /// Live contexts, the roots among them
     pub(super) contexts: HashMap<u32, Context, BuildHasherDefault<IdHasher>>,
+    /// The next one's id
+    next: u32,
     /// The context of the callback
     pub(super) current: u32,
     /// What `set_effective_context` chose
@@ -317,6 +320,7 @@ impl Host {
             roots: Vec::new(),
             root: 0,
             contexts: HashMap::default(),
+            next: 1,
             current: 0,
             effective: 0,
             chosen: None,
@@ -350,6 +354,18 @@ impl Host {
     /// The stream of the effective context.
     pub(super) fn view(&self) -> Option<&View> {
         self.chosen.as_ref().unwrap_or(&self.own).as_ref()
+    }
+
+    /// Adds a context. Its id is unique in the instance, never 0; ids wrap after four billion contexts of one instance.
+    pub(super) fn add(&mut self, context: Context) -> u32 {
+        loop {
+            let id = self.next;
+            self.next = self.next.checked_add(1).unwrap_or(1);
+            if let Entry::Vacant(place) = self.contexts.entry(id) {
+                place.insert(context);
+                return id;
+            }
+        }
     }
 
     /// Begins a callback of a context of the plugin `root`, in a stream or not.

@@ -1,7 +1,6 @@
 //! One instance of a module on one worker (a "VM"): start-up, its plugins (root contexts), callbacks within limits, and its end.
 
 use std::cell::{Cell, RefCell};
-use std::collections::hash_map::Entry;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::rc::{Rc, Weak};
 use std::sync::Arc;
@@ -39,8 +38,6 @@ impl From<Box<Failure>> for Failure {
 struct Inner {
     store: Store<Host>,
     callbacks: Rc<Callbacks>,
-    /// The next context's id
-    next: u32,
 }
 
 /// An instance. After its first failure it is dead: nothing of it runs again.
@@ -96,7 +93,7 @@ impl Instance {
         };
         let callbacks = Callbacks::of(&mut store, &instance)
             .map_err(|error| Failure { message: format!("{error:#}"), timeout: false })?;
-        let inner = Inner { store, callbacks: Rc::new(callbacks), next: 1 };
+        let inner = Inner { store, callbacks: Rc::new(callbacks) };
         Ok(Rc::new_cyclic(|me| Self {
             inner: RefCell::new(inner),
             dead: Cell::new(false),
@@ -145,18 +142,22 @@ impl Instance {
         view: Option<View>,
         f: impl FnOnce(&mut Store<Host>, &Callbacks) -> wasmtime::Result<R>,
     ) -> Result<R, Box<Failure>> {
-        self.enter(root, |inner| {
-            inner.store.data_mut().begin(context, root, phase, view);
-            f(&mut inner.store, &inner.callbacks)
+        self.enter(root, |store, callbacks| {
+            store.data_mut().begin(context, root, phase, view);
+            f(store, callbacks)
         })
     }
 
     /// Runs callbacks of the plugin `root`, each of them begun by [`Host::begin`]. Whatever the guest asks for of streams is left in them and
     /// done by their exchanges when this has returned.
-    fn enter<R>(&self, root: usize, f: impl FnOnce(&mut Inner) -> wasmtime::Result<R>) -> Result<R, Box<Failure>> {
-        let (result, orders) = self.with(|inner| {
-            let result = guarded(&self.watch, inner, Some(root), f);
-            let host = inner.store.data_mut();
+    fn enter<R>(
+        &self,
+        root: usize,
+        f: impl FnOnce(&mut Store<Host>, &Callbacks) -> wasmtime::Result<R>,
+    ) -> Result<R, Box<Failure>> {
+        let (result, orders) = self.with(|Inner { store, callbacks }| {
+            let result = guarded(&self.watch, store, Some(root), |store| f(store, callbacks));
+            let host = store.data_mut();
             host.end();
             result.map(|result| (result, !host.calls.orders.is_empty()))
         })?;
@@ -176,15 +177,14 @@ impl Instance {
     /// Adds a plugin: a root context, created, started and configured. Its index.
     pub(super) fn add_root(&self, spec: &Arc<Spec>, counters: Arc<Counters>) -> Result<usize, Failure> {
         let (id, root) = self.with(|inner| {
-            let roots = &mut inner.store.data_mut().roots;
-            let index = roots.iter().position(|root| root.id == 0).unwrap_or(roots.len());
-            let id = take_id(inner, Context { root: index, stream: None });
+            let host = inner.store.data_mut();
+            let index = host.roots.iter().position(|root| root.id == 0).unwrap_or(host.roots.len());
+            let id = host.add(Context { root: index, stream: None });
             let plugin = std::sync::Weak::new();
             let root = Root { id, spec: Arc::clone(spec), counters, end: End::No, plugin, listens: false };
-            let roots = &mut inner.store.data_mut().roots;
-            match roots.get_mut(index) {
+            match host.roots.get_mut(index) {
                 Some(free) => *free = root,
-                None => roots.push(root),
+                None => host.roots.push(root),
             }
             Ok((id, index))
         })?;
@@ -272,21 +272,21 @@ impl Instance {
 
     /// Makes a stream context; its id. `None`: the plugin has used up its share of the worker's time.
     pub(super) fn create(&self, root: usize, view: &View) -> Result<Option<u32>, Box<Failure>> {
-        self.enter(root, |inner| {
-            if inner.store.data().meter(Some(root)).over() {
+        self.enter(root, |store, callbacks| {
+            let host = store.data_mut();
+            if host.meter(Some(root)).over() {
                 return Ok(None);
             }
             let stream = Some((Rc::downgrade(&view.stream), view.index));
-            let context = take_id(inner, Context { root, stream });
-            let host = inner.store.data_mut();
+            let context = host.add(Context { root, stream });
             let mut parent = 0;
             if let Some(root) = host.roots.get(root) {
                 Counters::bump(&root.counters.requests, 1);
                 parent = root.id;
             }
             host.begin(context, root, Phase::Stream, Some(view.clone()));
-            if let Some(create) = &inner.callbacks.create {
-                create.call(&mut inner.store, (context, parent))?;
+            if let Some(create) = &callbacks.create {
+                create.call(store, (context, parent))?;
             }
             Ok(Some(context))
         })
@@ -300,7 +300,7 @@ impl Instance {
         event: Event,
         view: &View,
     ) -> Result<bool, Box<Failure>> {
-        self.enter(root, |Inner { store, callbacks, .. }| {
+        self.enter(root, |store, callbacks| {
             if !callbacks.has(flow, event, view.is_tcp()) {
                 return Ok(false);
             }
@@ -311,27 +311,27 @@ impl Instance {
 
     /// `on_log`.
     pub(super) fn log(&self, (context, root): (u32, usize), view: &View) -> Result<(), Box<Failure>> {
-        self.enter(root, |inner| inner.log(context, root, view))
+        self.enter(root, |store, callbacks| log(store, callbacks, (context, root), view))
     }
 
-    /// `on_done` and `on_delete` of a stream context. With `log`, `on_log` as well: in front of them, of TCP between them.
-    pub(super) fn end(&self, (context, root): (u32, usize), view: &View, log: bool) -> Result<(), Box<Failure>> {
+    /// `on_done` and `on_delete` of a stream context. With `logs`, `on_log` as well: in front of them, of TCP between them.
+    pub(super) fn end(&self, (context, root): (u32, usize), view: &View, logs: bool) -> Result<(), Box<Failure>> {
         let tcp = view.is_tcp();
-        let result = self.enter(root, |inner| {
-            if log && !tcp {
-                inner.log(context, root, view)?;
+        let result = self.enter(root, |store, callbacks| {
+            if logs && !tcp {
+                log(store, callbacks, (context, root), view)?;
             }
-            if let Some(done) = &inner.callbacks.done {
-                inner.store.data_mut().begin(context, root, Phase::Done, Some(view.clone()));
+            if let Some(done) = &callbacks.done {
+                store.data_mut().begin(context, root, Phase::Done, Some(view.clone()));
                 // A stream ends whatever the guest says.
-                done.call(&mut inner.store, context)?;
+                done.call(&mut *store, context)?;
             }
-            if log && tcp {
-                inner.log(context, root, view)?;
+            if logs && tcp {
+                log(store, callbacks, (context, root), view)?;
             }
-            if let Some(delete) = &inner.callbacks.delete {
-                inner.store.data_mut().begin(context, root, Phase::Done, Some(view.clone()));
-                delete.call(&mut inner.store, context)?;
+            if let Some(delete) = &callbacks.delete {
+                store.data_mut().begin(context, root, Phase::Done, Some(view.clone()));
+                delete.call(store, context)?;
             }
             Ok(())
         });
@@ -340,24 +340,15 @@ impl Instance {
     }
 }
 
-impl Inner {
-    fn log(&mut self, context: u32, root: usize, view: &View) -> wasmtime::Result<()> {
-        let Some(log) = &self.callbacks.log else { return Ok(()) };
-        self.store.data_mut().begin(context, root, Phase::Log, Some(view.clone()));
-        log.call(&mut self.store, context)
-    }
-}
-
-/// Adds a context. Its id is unique in the instance, never 0; ids wrap after four billion contexts of one instance.
-fn take_id(inner: &mut Inner, context: Context) -> u32 {
-    loop {
-        let id = inner.next;
-        inner.next = inner.next.checked_add(1).unwrap_or(1);
-        if let Entry::Vacant(place) = inner.store.data_mut().contexts.entry(id) {
-            place.insert(context);
-            return id;
-        }
-    }
+fn log(
+    store: &mut Store<Host>,
+    callbacks: &Callbacks,
+    (context, root): (u32, usize),
+    view: &View,
+) -> wasmtime::Result<()> {
+    let Some(log) = &callbacks.log else { return Ok(()) };
+    store.data_mut().begin(context, root, Phase::Log, Some(view.clone()));
+    log.call(store, context)
 }
 
 impl Drop for Instance {
@@ -368,36 +359,18 @@ impl Drop for Instance {
     }
 }
 
-/// A store, or what has one.
-trait Stored {
-    fn store(&mut self) -> &mut Store<Host>;
-}
-
-impl Stored for Store<Host> {
-    fn store(&mut self) -> &mut Store<Host> {
-        self
-    }
-}
-
-impl Stored for Inner {
-    fn store(&mut self) -> &mut Store<Host> {
-        &mut self.store
-    }
-}
-
 /// Runs guest code under the ticker. Any trap, and any panic of a host function, is a failure.
-fn guarded<S: Stored, R>(
+fn guarded<R>(
     watch: &Watch,
-    stored: &mut S,
+    store: &mut Store<Host>,
     root: Option<usize>,
-    f: impl FnOnce(&mut S) -> wasmtime::Result<R>,
+    f: impl FnOnce(&mut Store<Host>) -> wasmtime::Result<R>,
 ) -> Result<R, Box<Failure>> {
-    let store = stored.store();
     let _in_call = watch.enter(store.data().meter(root));
     store.set_epoch_deadline(1);
-    match catch_unwind(AssertUnwindSafe(|| f(stored))) {
+    match catch_unwind(AssertUnwindSafe(|| f(store))) {
         Ok(Ok(value)) => Ok(value),
-        Ok(Err(error)) => Err(Box::new(explain(&error, stored.store().data()))),
+        Ok(Err(error)) => Err(Box::new(explain(&error, store.data()))),
         Err(_) => {
             let message = "a host function panicked; this is a fault of the proxy".into();
             Err(Box::new(Failure { message, timeout: false }))

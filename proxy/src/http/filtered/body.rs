@@ -211,7 +211,7 @@ pub(super) struct Outlet {
 }
 
 impl Outlet {
-    /// Of a response that is made inside the chain.
+    /// Of a response that nothing more comes in of.
     pub(super) fn of(chain: Chain) -> Self {
         Self { chain, inlet: None, whole: None, ended: None, deadline: None }
     }
