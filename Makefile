@@ -6,10 +6,10 @@ export PATH := $(PATH):$(HOME)/.cargo/bin
 SHELL := /bin/bash
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build filters demo test chaos lint bench bench-budget bench-scale conformance-wasm conformance-envoy fuzz
+.PHONY: help setup build filters release demo test chaos lint bench bench-budget bench-scale conformance-wasm conformance-envoy fuzz
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## install what building and testing need (demo, test, lint and bench do it themselves)
 	@scripts/setup.sh
@@ -21,6 +21,9 @@ filters: setup
 build: setup filters ## the three binaries, unoptimised
 	@echo "==> building outrigger-proxy, outrigger-control and outrigger into $$CARGO_TARGET_DIR/debug"
 	@cargo build --workspace --bins --locked
+
+release: setup ## the three binaries as they are released, the proxy laid out by a profile of its load: built twice, half an hour on 2 CPUs
+	@scripts/release.sh
 
 demo: build ## a mesh of four services, with load and a live view; Ctrl-C stops it (ARGS=--check: unattended)
 	@"$$CARGO_TARGET_DIR/debug/outrigger" demo $(ARGS)
@@ -37,12 +40,10 @@ chaos: build ## filters that trap, loop and leak under load; what a filter costs
 lint: setup ## format, clippy with warnings denied, layers, status table
 	@scripts/lint.sh
 
-bench: setup ## the comparison with Envoy, HAProxy and nginx (ARGS= for bench/bench.py)
+bench: release ## the comparison with Envoy, HAProxy and nginx (ARGS= for bench/bench.py)
 	@scripts/setup.sh --bench
-	@echo "==> building the release binaries, and the filter of the comparison"
-	@cargo build --workspace --bins --locked --release
 	@filters/build.sh bench/wasm
-	@OUTRIGGER_BIN="$$CARGO_TARGET_DIR/release/outrigger-proxy" WASM_FILTER="$(CACHE)/filters/bench_filter.wasm" \
+	@OUTRIGGER_BIN="$$CARGO_TARGET_DIR/dist/outrigger-proxy" WASM_FILTER="$(CACHE)/filters/bench_filter.wasm" \
 		"$$(scripts/setup.sh --venv)/bin/python" bench/bench.py --json "$(CACHE)/bench/results.json" $(ARGS)
 	@echo "==> results: $(CACHE)/bench/results.json"
 

@@ -3,6 +3,7 @@
 #   setup.sh         do it
 #   setup.sh --bench also what bench/ compares with, as far as apt has it
 #   setup.sh --venv  print where the Python environment of the tests is
+#   setup.sh --profdata  print where the llvm-profdata of rustc's LLVM is, installed if it is missing (for scripts/release.sh)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -39,6 +40,24 @@ apt_install() {
     # Without a runlevel nothing that is installed is started.
     as_root env DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 apt-get install -y -q --no-install-recommends "$@"
 }
+
+# rustup's, or else the distribution's of the same version.
+profdata() {
+    local host major own
+    host=$(rustc -vV | sed -n 's/^host: //p')
+    major=$(rustc -vV | sed -n 's/^LLVM version: \([0-9]*\).*/\1/p')
+    own="$(rustc --print sysroot)/lib/rustlib/$host/bin/llvm-profdata"
+    if ! [ -x "$own" ] && ! command -v "llvm-profdata-$major" >/dev/null; then
+        say "adding llvm-tools with rustup"
+        if ! command -v rustup >/dev/null || ! rustup component add llvm-tools; then apt_install "llvm-$major"; fi
+    fi
+    if [ -x "$own" ]; then echo "$own" >&3; else command -v "llvm-profdata-$major" >&3; fi
+}
+if [ "${1:-}" = --profdata ]; then
+    # Only the answer on its output.
+    profdata 3>&1 >&2
+    exit
+fi
 
 # What a package is needed for, as "command:package".
 tools=(cc:build-essential curl:curl ip:iproute2 nft:nftables setpriv:util-linux openssl:openssl

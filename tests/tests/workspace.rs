@@ -90,7 +90,7 @@ fn lints_are_policy_in_every_crate() {
 fn the_makefile_has_every_target_and_those_to_come_say_so() {
     let makefile = read("Makefile");
     for target in
-        ["demo", "test", "lint", "bench", "bench-scale", "bench-budget", "conformance-wasm", "conformance-envoy"]
+        ["demo", "test", "lint", "release", "bench", "bench-scale", "bench-budget", "conformance-wasm", "conformance-envoy"]
     {
         assert!(makefile.lines().any(|line| line.starts_with(&format!("{target}:"))), "{target}");
     }
@@ -100,6 +100,11 @@ fn the_makefile_has_every_target_and_those_to_come_say_so() {
     }
     let plan = text(&run("make", &["--dry-run", "--no-print-directory", "fuzz", "SECS=7"]).stdout);
     assert!(plan.contains("--test fuzz_host") && plan.contains("7"), "{plan}");
+    // What is measured is what is released.
+    let plan = text(&run("make", &["--dry-run", "--no-print-directory", "bench"]).stdout);
+    for step in ["scripts/release.sh", "/dist/outrigger-proxy"] {
+        assert!(plan.contains(step), "{step} is not part of make bench:\n{plan}");
+    }
     // demo and test do all their set-up, and say what they do while they do it.
     let plan = text(&run("make", &["--dry-run", "--no-print-directory", "test"]).stdout);
     for step in ["scripts/setup.sh", "filters/build.sh", "cargo build", "scripts/test.sh", "==>"] {

@@ -270,8 +270,14 @@ impl Instance {
         inner.store.data().roots.get(root).map(|root| root.id).filter(|id| *id != 0)
     }
 
-    /// Makes a stream context; its id. `None`: the plugin has used up its share of the worker's time.
-    pub(super) fn create(&self, root: usize, view: &View) -> Result<Option<u32>, Box<Failure>> {
+    /// Makes a stream context and tells it what comes `first`, if anything does; its id, and whether it pauses. `None`: the plugin has
+    /// used up its share of the worker's time.
+    pub(super) fn open(
+        &self,
+        root: usize,
+        first: Option<(Flow, Event)>,
+        view: &View,
+    ) -> Result<Option<(u32, bool)>, Box<Failure>> {
         self.enter(root, |store, callbacks| {
             let host = store.data_mut();
             if host.meter(Some(root)).over() {
@@ -286,9 +292,13 @@ impl Instance {
             }
             host.begin(context, root, Phase::Stream, Some(view.clone()));
             if let Some(create) = &callbacks.create {
-                create.call(store, (context, parent))?;
+                create.call(&mut *store, (context, parent))?;
             }
-            Ok(Some(context))
+            let paused = match first {
+                Some((flow, event)) => on(store, callbacks, (context, root), flow, event, view)?,
+                None => false,
+            };
+            Ok(Some((context, paused)))
         })
     }
 
@@ -300,13 +310,7 @@ impl Instance {
         event: Event,
         view: &View,
     ) -> Result<bool, Box<Failure>> {
-        self.enter(root, |store, callbacks| {
-            if !callbacks.has(flow, event, view.is_tcp()) {
-                return Ok(false);
-            }
-            store.data_mut().begin(context, root, Phase::Stream, Some(view.clone()));
-            Ok(callbacks.call(store, context, flow, event, view)? != 0)
-        })
+        self.enter(root, |store, callbacks| on(store, callbacks, (context, root), flow, event, view))
     }
 
     /// `on_log`.
@@ -317,7 +321,7 @@ impl Instance {
     /// `on_done` and `on_delete` of a stream context. With `logs`, `on_log` as well: in front of them, of TCP between them.
     pub(super) fn end(&self, (context, root): (u32, usize), view: &View, logs: bool) -> Result<(), Box<Failure>> {
         let tcp = view.is_tcp();
-        let result = self.enter(root, |store, callbacks| {
+        self.enter(root, |store, callbacks| {
             if logs && !tcp {
                 log(store, callbacks, (context, root), view)?;
             }
@@ -331,13 +335,27 @@ impl Instance {
             }
             if let Some(delete) = &callbacks.delete {
                 store.data_mut().begin(context, root, Phase::Done, Some(view.clone()));
-                delete.call(store, context)?;
+                delete.call(&mut *store, context)?;
             }
+            store.data_mut().contexts.remove(&context);
             Ok(())
-        });
-        self.host(|host| host.contexts.remove(&context));
-        result
+        })
     }
+}
+
+fn on(
+    store: &mut Store<Host>,
+    callbacks: &Callbacks,
+    (context, root): (u32, usize),
+    flow: Flow,
+    event: Event,
+    view: &View,
+) -> wasmtime::Result<bool> {
+    if !callbacks.has(flow, event, view.is_tcp()) {
+        return Ok(false);
+    }
+    store.data_mut().begin(context, root, Phase::Stream, Some(view.clone()));
+    Ok(callbacks.call(store, context, flow, event, view)? != 0)
 }
 
 fn log(

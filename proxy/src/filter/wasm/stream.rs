@@ -26,13 +26,13 @@ impl WasmFilter {
         Self { plugin, state: State::New }
     }
 
-    /// Makes the filter's context: when it is first needed.
-    fn begin(&mut self, view: &View) -> Result<(), String> {
+    /// Makes the filter's context when it is first needed: with what comes to it, or at its end. True: it pauses.
+    fn begin(&mut self, first: Option<(Flow, Event)>, view: &View) -> Result<bool, String> {
         let entered = acquire(&self.plugin)?;
-        match entered.instance.create(entered.root, view) {
-            Ok(Some(context)) => {
+        match entered.instance.open(entered.root, first, view) {
+            Ok(Some((context, paused))) => {
                 self.state = State::In(entered, context);
-                Ok(())
+                Ok(paused)
             }
             Ok(None) => {
                 self.plugin.throttled();
@@ -45,7 +45,7 @@ impl WasmFilter {
     /// The same for a filter that the exchange never reached, at its end; it is in its instance then, unless that is not to be had.
     fn end(&mut self, view: &View) -> Option<(&Entered, u32)> {
         if matches!(self.state, State::New) {
-            self.begin(view).ok()?;
+            self.begin(None, view).ok()?;
         }
         match &self.state {
             State::In(entered, context) if !entered.instance.dead() => Some((entered, *context)),
@@ -81,22 +81,19 @@ impl WasmFilter {
 
 impl Filter for WasmFilter {
     fn on(&mut self, flow: Flow, event: Event, view: &View) -> Action {
-        if matches!(self.state, State::New)
-            && let Err(reason) = self.begin(view)
-        {
-            return self.without(view, reason);
-        }
-        let State::In(entered, context) = &self.state else { return Action::Continue };
-        if entered.instance.dead() {
-            return self.without(view, "its instance ended under the exchange".into());
-        }
-        match entered.instance.on((*context, entered.root), flow, event, view) {
+        let said = match &self.state {
+            State::New => self.begin(Some((flow, event)), view),
+            State::In(entered, _) if entered.instance.dead() => Err("its instance ended under the exchange".into()),
+            State::In(entered, context) => {
+                let said = entered.instance.on((*context, entered.root), flow, event, view);
+                said.map_err(|failure| self.report(*failure))
+            }
+            State::Out => return Action::Continue,
+        };
+        match said {
             Ok(false) => Action::Continue,
             Ok(true) => Action::Pause,
-            Err(failure) => {
-                let reason = self.report(*failure);
-                self.without(view, reason)
-            }
+            Err(reason) => self.without(view, reason),
         }
     }
 
