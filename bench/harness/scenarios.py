@@ -77,28 +77,33 @@ def websocket(run, name):
     return r
 
 
+PAIRS = 10
+
+
 def wasm_added(run, name):
-    """Both proxies run side by side and are measured in turn, so that what the machine does meanwhile hits both. At saturation, and at
+    """Both proxies run side by side and are measured in turn, a short while each, so that what the machine does meanwhile hits both; what a
+    filter adds is the median of their differences: the machine's bad moments are in few of them. At saturation, and at
     a rate that all keep up with: at saturation the slower of two proxies also has to wake its peers more often, which have less to do."""
+    secs = run.a.secs / 4
     loads = {
-        "": lambda s: s.tool("closed", run.a.secs / 2, run.a.conns),
-        "steady_": lambda s: s.tool("openloop", run.a.secs / 2, run.a.conns, rate=STEADY, warmup=0) | {"secs": run.a.secs / 2},
+        "": lambda s: s.tool("closed", secs, run.a.conns),
+        "steady_": lambda s: s.tool("openloop", secs, run.a.conns, rate=STEADY, warmup=0) | {"secs": secs},
     }
     slices = {(load, side): [] for load in loads for side in ("with", "without")}
     with Session(run, name, "h1-wasm") as filtered, Session(run, name, "h1-single") as plain:
         sides = (("without", plain), ("with", filtered))
         for _, s in sides:
             s.tool("closed", WARM, run.a.conns)
-        for _ in range(4):
+        for _ in range(PAIRS):
             for kind, load in loads.items():
                 for side, s in sides:
                     slices[kind, side].append(s.measured(lambda: load(s))["cpu_us_req"])
             sides = sides[::-1]
-    us = {key: statistics.mean(values) for key, values in slices.items()}
     r = {}
     for kind in loads:
-        with_, without = us[kind, "with"], us[kind, "without"]
-        r |= {kind + "added_us": with_ - without, kind + "with_us": with_, kind + "without_us": without}
+        with_, without = slices[kind, "with"], slices[kind, "without"]
+        r |= {kind + "added_us": statistics.median(a - b for a, b in zip(with_, without)),
+              kind + "with_us": statistics.median(with_), kind + "without_us": statistics.median(without)}
     return r
 
 
