@@ -89,9 +89,8 @@ fn lints_are_policy_in_every_crate() {
 #[test]
 fn the_makefile_has_every_target_and_those_to_come_say_so() {
     let makefile = read("Makefile");
-    for target in
-        ["demo", "test", "lint", "release", "bench", "bench-scale", "bench-budget", "conformance-wasm", "conformance-envoy"]
-    {
+    let targets = "demo test lint release bench bench-scale bench-budget conformance-wasm conformance-envoy";
+    for target in targets.split(' ') {
         assert!(makefile.lines().any(|line| line.starts_with(&format!("{target}:"))), "{target}");
     }
     for later in ["conformance", "sim"] {
