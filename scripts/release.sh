@@ -15,8 +15,8 @@ fail() {
     exit 1
 }
 
-# What the profile is of, committed or not.
-sources=$( (rustc -vV && find Cargo.lock scripts/release.sh proto proxy filters bench/wasm -name node_modules -prune -o \
+# What the profile is of, committed or not; the build's settings too: with others, functions have other names, and their counts are ignored.
+sources=$( (rustc -vV && find Cargo.toml Cargo.lock scripts/release.sh proto proxy bench/wasm \
     \( -name '*.rs' -o -name '*.proto' -o -name Cargo.toml -o -name Cargo.lock -o -name release.sh \) -print0 |
     sort -z | xargs -0 sha256sum) | sha256sum | cut -c 1-16)
 profile="$target/pgo/$sources.profdata"
@@ -55,5 +55,6 @@ fi
 say "building the proxy by its profile (2 of 2)"
 proxy "-Cprofile-use=$profile" "$target/pgo/by-profile"
 mkdir -p "$target/dist"
-cp "$target/pgo/by-profile/$host/release/outrigger-proxy" "$target/release/outrigger-control" "$target/release/outrigger" "$target/dist"
+# One that runs is replaced, not written to.
+cp --remove-destination "$target/pgo/by-profile/$host/release/outrigger-proxy" "$target/release/outrigger-control" "$target/release/outrigger" "$target/dist"
 say "built $target/dist: $(cd "$target/dist" && du -h --apparent-size outrigger-proxy outrigger-control outrigger | awk '{ printf "%s%s %s", sep, $2, $1; sep = ", " }')"

@@ -37,6 +37,8 @@ class Scenario:
 
 
 WARM = 0.7
+# Of measurements with and without a filter, in one round.
+PAIRS = 10
 
 
 def closed(topology, **options):
@@ -75,9 +77,6 @@ def websocket(run, name):
     r["cpu_us_msg"] = r.pop("cpu_us_req", 0)
     r["messages_per_s"] = r.pop("rps")
     return r
-
-
-PAIRS = 10
 
 
 def wasm_added(run, name):

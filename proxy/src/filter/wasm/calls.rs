@@ -5,7 +5,8 @@ use wasmtime::{Caller, Engine, FuncType, Linker, ValType};
 
 use super::super::{Flow, LocalResponse, View};
 use super::abi::{Abi, Status, deserialize_pairs};
-use super::host::{Call, End, Fault, Host, Phase, give, log_level, read, slice, split, write, write_u32};
+use super::host::{Call, End, Fault, Host, Phase, give, read, slice, split, write, write_u32};
+use super::logging::log_level;
 use super::{buffers, callouts, clock, headers, maps, properties, sharing};
 
 /// Largest body of a local response, bytes.

@@ -19,6 +19,7 @@ mod inspect;
 mod instance;
 mod instances;
 mod load;
+mod logging;
 mod mapped;
 mod maps;
 mod outside;
