@@ -4,9 +4,14 @@ use bytes::{Bytes, BytesMut};
 
 /// Body bytes at one filter: one chunk, untouched where the filter only looks at it, or what was gathered while it pauses.
 #[derive(Debug, Default)]
-pub struct Buffer {
-    chunk: Bytes,
-    gathered: Option<BytesMut>,
+pub enum Buffer {
+    /// None
+    #[default]
+    Empty,
+    /// As they came
+    Chunk(Bytes),
+    /// Of several chunks, or written to
+    Gathered(BytesMut),
 }
 
 impl Buffer {
@@ -22,15 +27,22 @@ impl Buffer {
 
     /// All of it.
     pub fn as_slice(&self) -> &[u8] {
-        self.gathered.as_deref().unwrap_or(&self.chunk)
+        match self {
+            Self::Empty => &[],
+            Self::Chunk(bytes) => bytes,
+            Self::Gathered(bytes) => bytes,
+        }
     }
 
     /// Appends; nothing is copied into an empty buffer.
     pub fn push(&mut self, bytes: Bytes) {
+        if bytes.is_empty() {
+            return;
+        }
         if self.is_empty() {
-            *self = Self { chunk: bytes, gathered: None };
-        } else if !bytes.is_empty() {
-            self.gather().extend_from_slice(&bytes);
+            *self = Self::Chunk(bytes);
+        } else {
+            self.gather(|gathered| gathered.extend_from_slice(&bytes));
         }
     }
 
@@ -40,29 +52,34 @@ impl Buffer {
         let start = start.min(size);
         let end = start.saturating_add(len).min(size);
         if start == 0 && end == size {
-            *self = Self { chunk: Bytes::copy_from_slice(with), gathered: None };
+            *self = Self::Chunk(Bytes::copy_from_slice(with));
             return;
         }
-        let bytes = self.gather();
-        if start == size {
+        self.gather(|bytes| {
+            let rest = bytes.split_off(start);
+            bytes.reserve(with.len() + rest.len());
             bytes.extend_from_slice(with);
-            return;
-        }
-        let rest = bytes.split_off(start);
-        bytes.reserve(with.len() + rest.len());
-        bytes.extend_from_slice(with);
-        bytes.extend_from_slice(rest.get(end - start..).unwrap_or_default());
+            bytes.extend_from_slice(rest.get(end - start..).unwrap_or_default());
+        });
     }
 
     /// Takes everything out.
     pub fn take(&mut self) -> Bytes {
-        let Self { chunk, gathered } = std::mem::take(self);
-        gathered.map_or(chunk, BytesMut::freeze)
+        match std::mem::take(self) {
+            Self::Empty => Bytes::new(),
+            Self::Chunk(bytes) => bytes,
+            Self::Gathered(bytes) => bytes.freeze(),
+        }
     }
 
-    fn gather(&mut self) -> &mut BytesMut {
-        let chunk = std::mem::take(&mut self.chunk);
-        self.gathered.get_or_insert_with(|| chunk.try_into_mut().unwrap_or_else(|chunk| BytesMut::from(&chunk[..])))
+    fn gather(&mut self, f: impl FnOnce(&mut BytesMut)) {
+        let mut gathered = match std::mem::take(self) {
+            Self::Empty => BytesMut::new(),
+            Self::Chunk(bytes) => bytes.try_into_mut().unwrap_or_else(|bytes| BytesMut::from(&bytes[..])),
+            Self::Gathered(bytes) => bytes,
+        };
+        f(&mut gathered);
+        *self = Self::Gathered(gathered);
     }
 }
 

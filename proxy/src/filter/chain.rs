@@ -134,6 +134,25 @@ impl Chain {
         self.0.run(Flow::Response);
     }
 
+    /// The response begins, and all of its body has come with it. A filter that is alone hears of everything at once, as long as it goes on, and
+    /// the head has left in between; what remains is for [`Chain::pour`].
+    pub fn response_whole(&self, head: response::Parts, body: Bytes) {
+        let mut data = self.0.data();
+        data.begin_response(usize::MAX, head, false);
+        data.way(Flow::Response).set_rest(body);
+        drop(data);
+        self.0.run(Flow::Response);
+    }
+
+    /// Gives the filters what came with the head.
+    pub fn pour(&self, flow: Flow) {
+        loop {
+            let rest = self.0.data().way(flow).take_rest();
+            let Some((bytes, end)) = rest else { return };
+            self.0.input(flow, bytes, end, false);
+        }
+    }
+
     /// A whole response of the mesh's own, instead of whatever was on its way. Filters that have begun with a response do not see it. False:
     /// a response's head has been sent.
     pub fn replace_response(&self, head: response::Parts, body: Bytes) -> bool {
@@ -166,20 +185,22 @@ impl Chain {
     /// The same, but the head stays until [`Chain::take_response_head`] or [`Chain::finish_response`]: its status.
     pub fn let_go_response(&self) -> Option<StatusCode> {
         let mut data = self.0.data();
-        data.let_go_response()?;
+        if !data.head_sent {
+            data.let_go_response()?;
+        }
         data.response.as_ref().map(|head| head.status)
     }
 
-    /// The head that [`Chain::let_go_response`] left.
+    /// The head that [`Chain::let_go_response`] or [`Chain::finish_response`] left.
     pub fn take_response_head(&self) -> Option<response::Parts> {
         self.0.data().response.take()
     }
 
-    /// The exchange is over before the response's head leaves: with a last touch of the mesh's it is logged, and given back.
-    pub fn finish_response(&self, touch: impl FnOnce(&mut response::Parts)) -> Option<response::Parts> {
+    /// The exchange is over before the response's head leaves: with a last touch of the mesh's it is logged. It stays until
+    /// [`Chain::take_response_head`].
+    pub fn finish_response(&self, touch: impl FnOnce(&mut response::Parts)) {
         self.0.data().response.as_mut().map(touch);
         self.0.finish();
-        self.take_response_head()
     }
 
     /// The response's head leaves before the exchange is over.
@@ -193,7 +214,8 @@ impl Chain {
     /// The exchange is over before the response's head leaves: filters log what there is, and it is given back.
     pub fn done_with(&self, head: response::Parts) -> Option<response::Parts> {
         self.0.data().response = Some(head);
-        self.finish_response(|_| ())
+        self.0.finish();
+        self.take_response_head()
     }
 
     /// Body bytes of a message whose head came before; `end`: nothing follows.

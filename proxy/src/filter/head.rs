@@ -19,8 +19,11 @@ pub enum RequestHead {
 impl RequestHead {
     /// Takes the head, and leaves an empty one.
     pub(super) fn take(&mut self) -> Rc<request::Parts> {
-        let (empty, ()) = Request::new(()).into_parts();
-        match std::mem::replace(self, Self::Own(empty)) {
+        thread_local! {
+            // Made for each request it would cost as much as taking does.
+            static EMPTY: Rc<request::Parts> = Rc::new(Request::new(()).into_parts().0);
+        }
+        match std::mem::replace(self, Self::Shared(EMPTY.with(Rc::clone))) {
             Self::Own(head) => Rc::new(head),
             Self::Shared(head) => head,
         }

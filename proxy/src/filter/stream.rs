@@ -11,7 +11,7 @@ use std::task::Waker;
 use http::{HeaderMap, request, response};
 
 use super::way::Way;
-use super::{Buffer, Filter, FilterState, Interest, LocalResponse, Stop, StreamInfo};
+use super::{Buffer, Event, Filter, FilterState, Interest, LocalResponse, Stop, StreamInfo};
 
 /// A direction. For TCP, `Request` is what the client sends and `Response` what the server sends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -452,6 +452,12 @@ impl View {
         stage.body.splice(start, len, with);
         slot.changed = true;
         true
+    }
+
+    /// For a filter whose callback says [`Continue`](super::Action::Continue): what it is to be told next before it returns, if anything. What it
+    /// was shown has gone on then.
+    pub(crate) fn follow(&self, flow: Flow) -> Option<Event> {
+        self.stream.follow(flow, self.index)
     }
 
     /// Lets go what the filter holds, once its callback has returned. Nothing if it holds nothing.

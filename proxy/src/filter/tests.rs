@@ -6,9 +6,11 @@ use std::rc::Rc;
 
 use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, StatusCode};
+use proptest::prelude::*;
 
 use super::{
-    Action, Chain, Event, Filter, Filters, Flow, Frame, Interest, LocalResponse, Stop, StreamInfo, View, Which,
+    Action, Chain, Event, Failed, Filter, Filters, Flow, Frame, HeadMut, Interest, LocalResponse, Stop, StreamInfo,
+    View, Which,
 };
 
 type Script = Rc<RefCell<VecDeque<Box<dyn FnMut(&View) -> Action>>>>;
@@ -20,10 +22,12 @@ struct Scripted {
     log: Log,
     script: Script,
     last: Rc<RefCell<Option<View>>>,
+    /// It asks for what comes next before it returns
+    follows: bool,
 }
 
-impl Filter for Scripted {
-    fn on(&mut self, flow: Flow, event: Event, view: &View) -> Action {
+impl Scripted {
+    fn hear(&mut self, flow: Flow, event: Event, view: &View) -> Action {
         let event = match event {
             Event::Headers { end } => format!("headers {}", u8::from(end)),
             Event::Body { size, end } => format!("body {size} {}", u8::from(end)),
@@ -34,6 +38,19 @@ impl Filter for Scripted {
         *self.last.borrow_mut() = Some(view.clone());
         let next = self.script.borrow_mut().pop_front();
         next.map_or(Action::Continue, |mut next| next(view))
+    }
+}
+
+impl Filter for Scripted {
+    fn on(&mut self, flow: Flow, event: Event, view: &View) -> Action {
+        let mut action = self.hear(flow, event, view);
+        while self.follows
+            && matches!(action, Action::Continue)
+            && let Some(next) = view.follow(flow)
+        {
+            action = self.hear(flow, next, view);
+        }
+        action
     }
 
     fn log(&mut self, _: &View) {
@@ -72,13 +89,17 @@ struct Bench {
 
 impl Bench {
     fn new(count: usize) -> Self {
+        Self::of(count, false)
+    }
+
+    fn of(count: usize, follows: bool) -> Self {
         let (log, mut scripts, mut views) = (Log::default(), Vec::new(), Vec::new());
         let mut filters = Filters::default();
         for name in ["a", "b", "c"].into_iter().take(count) {
             let (script, last) = (Script::default(), Rc::<RefCell<Option<View>>>::default());
             scripts.push(script.clone());
             views.push(last.clone());
-            filters.push(Box::new(Scripted { name, log: log.clone(), script, last }));
+            filters.push(Box::new(Scripted { name, log: log.clone(), script, last, follows }));
         }
         Self { chain: Chain::of(filters, StreamInfo::default()), log, scripts, views }
     }
@@ -384,7 +405,13 @@ fn what_a_filter_asks_for_at_a_close_is_done() {
         let bench = Bench::new(0);
         let (script, last) = (Script::default(), Rc::default());
         let mut filters = Filters::default();
-        filters.push(Box::new(Scripted { name: "a", log: Log::default(), script: script.clone(), last }));
+        filters.push(Box::new(Scripted {
+            name: "a",
+            log: Log::default(),
+            script: script.clone(),
+            last,
+            follows: false,
+        }));
         let bench = Bench { chain: Chain::tcp(filters, StreamInfo::default()), scripts: vec![script], ..bench };
         bench.then(0, |_| Action::Continue).then(0, |_| Action::Pause).then(0, what);
         bench.chain.connected();
@@ -408,4 +435,89 @@ fn what_a_filter_asks_for_at_a_close_is_done() {
         Action::Continue
     };
     assert_eq!(told(resume), (None, "held".to_owned()));
+}
+
+/// What a scripted filter does in a callback of a response.
+fn step(number: u8) -> Box<dyn FnMut(&View) -> Action> {
+    let failed = || Failed { filter: "n/f".into(), reason: "it trapped".into() };
+    Box::new(move |view| {
+        let writes = |f: &dyn Fn(HeadMut<'_>)| {
+            view.write(Flow::Response, Which::Headers, |head| {
+                f(head);
+                Ok::<_, ()>(())
+            });
+        };
+        match number {
+            1 => return Action::Pause,
+            2 => return Action::Reset,
+            3 => return Action::Failed(Box::new(failed())),
+            4 => return Action::Respond(Box::new(local(403, "no"))),
+            5 => drop(view.respond(local(429, ""))),
+            6 => view.close(),
+            7 => view.resume(Flow::Request),
+            8 => {
+                view.resume(Flow::Response);
+                return Action::Pause;
+            }
+            9 => drop(view.set_body(Flow::Response, 0, 3, b"a longer one than may be held")),
+            10 => writes(&|head| {
+                if let HeadMut::Response(head, _) = head {
+                    head.status = StatusCode::NOT_MODIFIED;
+                }
+            }),
+            11 => writes(&|head| {
+                if let HeadMut::Response(_, edits) = head {
+                    edits.removes(0);
+                }
+            }),
+            _ => {}
+        }
+        Action::Continue
+    })
+}
+
+/// A response whose body came with its head, as an exchange gives it to filters; what they heard, and what became of it.
+fn whole(scripts: &[Vec<u8>], body: &'static str, follows: bool) -> String {
+    let bench = Bench::of(scripts.len(), follows);
+    bench.request(true);
+    bench.chain.take_request().unwrap();
+    for (filter, steps) in scripts.iter().enumerate() {
+        for number in steps {
+            bench.scripts[filter].borrow_mut().push_back(step(*number));
+        }
+    }
+    let chain = &bench.chain;
+    chain.response_whole(http::Response::new(()).into_parts().0, Bytes::from_static(body.as_bytes()));
+    let left = if chain.stopped() && !chain.head_sent() { None } else { chain.let_go_response() };
+    let pours = if left.is_some() { left != Some(StatusCode::NOT_MODIFIED) } else { !chain.stopped() };
+    if pours {
+        chain.pour(Flow::Response);
+    }
+    let head = left.or_else(|| chain.let_go_response());
+    let (out, cut, stop) = (bench.out(Flow::Response), chain.is_cut(Flow::Response), chain.stop());
+    chain.done();
+    format!(
+        "{:?} {head:?} {out:?} {cut} {stop:?} {:?}",
+        bench.seen(),
+        chain.take_response_head().map(|head| head.status)
+    )
+}
+
+#[test]
+fn a_filter_that_is_alone_hears_a_whole_response_at_once() {
+    let said = whole(&[vec![]], "hello", true);
+    let heard = ["a Response headers 0", "a Response body 5 0", "a Response body 0 1", "a log", "a done"];
+    assert!(said.contains(&format!("{heard:?}")[1..]), "{said}");
+    assert!(said.contains(r#"Some(200) "hello." false None Some(200)"#), "{said}");
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(1024))]
+    #[test]
+    fn what_is_heard_at_once_is_what_is_heard_one_by_one(
+        scripts in proptest::collection::vec(proptest::collection::vec(0..12u8, 0..5), 1..4),
+        body in prop::sample::select(vec!["", "hello", "more than may be held"]),
+    ) {
+        prop_assert_eq!(whole(&scripts, body, true), whole(&scripts, body, false));
+    }
 }

@@ -16,9 +16,20 @@ pub(crate) struct Way {
     pub(crate) head_taken: bool,
     /// Nothing more of it comes out
     pub(crate) cut: bool,
+    /// What came with the head and no filter was given yet
+    rest: Rest,
     out: Queue,
     held_out: usize,
     pub(crate) out_end: Option<End>,
+}
+
+/// The part of a message that came whole and is still to go in: its body, and its end by itself, as of other hosts.
+#[derive(Default)]
+enum Rest {
+    #[default]
+    Nothing,
+    Body(Bytes),
+    End,
 }
 
 /// What ends what comes out.
@@ -33,6 +44,28 @@ impl Way {
     /// It begins, with a head that a step has; `end`: nothing follows.
     pub(crate) fn begun(first: usize, end: bool) -> Self {
         Self { begun: true, first, head_at: first, head_end: end, ..Self::default() }
+    }
+
+    /// All of its body has come with the head.
+    pub(crate) fn set_rest(&mut self, body: Bytes) {
+        self.rest = Rest::Body(body);
+    }
+
+    /// There is something for [`Self::take_rest`].
+    pub(crate) fn has_rest(&self) -> bool {
+        !matches!(self.rest, Rest::Nothing)
+    }
+
+    /// What goes in next of what came with the head; and whether it is the end.
+    pub(crate) fn take_rest(&mut self) -> Option<(Bytes, bool)> {
+        match std::mem::take(&mut self.rest) {
+            Rest::Nothing => None,
+            Rest::Body(bytes) => {
+                self.rest = Rest::End;
+                Some((bytes, false))
+            }
+            Rest::End => Some((Bytes::new(), true)),
+        }
     }
 
     /// The head has passed all of so many filters, and nobody took it.
@@ -60,12 +93,12 @@ impl Way {
 
     /// All that is to come out, where that is one piece and nothing but the end follows it.
     pub(crate) fn take_whole(&mut self) -> Option<Bytes> {
-        if self.out_end != Some(End::Plain) || self.cut || !self.out.rest.is_empty() {
+        if self.out_end != Some(End::Plain) || self.cut || self.out.is_many() {
             return None;
         }
         self.out_end = Some(End::Taken);
         self.held_out = 0;
-        Some(std::mem::take(&mut self.out.next))
+        Some(self.out.pop().unwrap_or_default())
     }
 
     /// Bytes that wait to be taken.
@@ -75,12 +108,12 @@ impl Way {
 
     /// Nothing has come out behind the head.
     pub(crate) fn is_clear(&self) -> bool {
-        self.out.next.is_empty() && self.out_end.is_none()
+        self.out.is_empty() && self.out_end.is_none()
     }
 
     /// Everything has come out, or been cut.
     pub(crate) fn ended(&self) -> bool {
-        self.cut || (self.out.next.is_empty() && self.out_end == Some(End::Taken))
+        self.cut || (self.out.is_empty() && self.out_end == Some(End::Taken))
     }
 
     /// The length of all that is to come out, where nothing more goes in and no trailers follow.
@@ -92,24 +125,33 @@ impl Way {
 /// Chunks, none of them empty. As a rule there is one, which takes no memory of its own.
 #[derive(Default)]
 struct Queue {
-    next: Bytes,
-    rest: VecDeque<Bytes>,
+    next: Option<Bytes>,
+    rest: Option<VecDeque<Bytes>>,
 }
 
 impl Queue {
     fn push(&mut self, bytes: Bytes) {
-        if self.next.is_empty() {
-            self.next = bytes;
-        } else if !bytes.is_empty() {
-            self.rest.push_back(bytes);
+        if bytes.is_empty() {
+            return;
+        }
+        if self.next.is_none() {
+            self.next = Some(bytes);
+        } else {
+            self.rest.get_or_insert_default().push_back(bytes);
         }
     }
 
     fn pop(&mut self) -> Option<Bytes> {
-        if self.next.is_empty() {
-            return None;
-        }
-        let rest = self.rest.pop_front().unwrap_or_default();
-        Some(std::mem::replace(&mut self.next, rest))
+        let next = self.next.take()?;
+        self.next = self.rest.as_mut().and_then(VecDeque::pop_front);
+        Some(next)
+    }
+
+    fn is_empty(&self) -> bool {
+        self.next.is_none()
+    }
+
+    fn is_many(&self) -> bool {
+        self.rest.as_ref().is_some_and(|rest| !rest.is_empty())
     }
 }

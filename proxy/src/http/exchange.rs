@@ -162,7 +162,7 @@ pub(super) async fn handle(
     }
     let Some(chain) = exchange.chain.clone() else { return exchange.conclude(answer, &hops, running) };
     match exchange.enter(&chain, answer)? {
-        filtered::Entered::Whole(head, bytes) => Ok(exchange.respond_whole(head, bytes, &hops, running)),
+        filtered::Entered::Whole(bytes) => exchange.respond_whole(&chain, bytes, &hops, running),
         filtered::Entered::Passing(passing) => Box::pin(exchange.respond_through(passing, &hops, running)).await,
     }
 }

@@ -140,7 +140,7 @@ impl Exchange {
         chain.info(|info| info.upstream = upstream_address);
         match answer {
             Ok(Answer::Upstream(response, attempt)) => match self.received(response, &attempt) {
-                Ok(response) => return enter_upstream(chain, response, attempt),
+                Ok(response) => return Ok(enter_upstream(chain, response, attempt)),
                 Err(failure) => {
                     attempt.failed();
                     self.made(chain, failure);
@@ -156,7 +156,8 @@ impl Exchange {
         }
         let outlet = Outlet::of(chain.clone());
         let deadline = self.deadline;
-        Ok(Entered::Passing(Passing { outlet, attempt: None, head: None, local: true, upgraded: false, deadline }))
+        let passing = Passing { outlet, attempt: None, head: None, local: true, upgraded: false, deadline };
+        Ok(Entered::Passing(Box::new(passing)))
     }
 
     /// The response's head, as the filters let it go, or one of the mesh's own in its place; and whether nothing follows it. What has become of
@@ -182,7 +183,6 @@ impl Exchange {
                 Err(lost) => lost,
             };
             outlet.inlet = None;
-            outlet.whole = None;
             local = true;
             match (attempt.take(), &lost) {
                 (Some(attempt), Lost::Broken(error)) if !upstream::is_of_the_request(error) => attempt.failed(),
@@ -206,28 +206,32 @@ impl Exchange {
     }
 
     /// A response that the filters passed at once.
+    ///
+    /// # Errors
+    /// None that can be: the head is where the filters left it.
     pub(super) fn respond_whole(
         mut self: Box<Self>,
-        head: response::Parts,
+        chain: &Chain,
         bytes: Bytes,
         hops: &Hops,
         running: Running,
-    ) -> Response<ResponseBody> {
+    ) -> Result<Response<ResponseBody>, BodyError> {
+        let head = chain.take_response_head().ok_or("the response's head is gone")?;
         self.status = Some(head.status);
         self.received += bytes.len() as u64;
-        let mut response = Response::from_parts(head, ());
+        let mut response = Response::from_parts(head, ResponseBody::full(bytes).holding(running));
         hops.restore(&mut response);
-        response.map(|()| ResponseBody::full(bytes).holding(running))
+        Ok(response)
     }
 
     /// A response on its way through the filters.
     pub(super) async fn respond_through(
         mut self: Box<Self>,
-        passing: Passing,
+        passing: Box<Passing>,
         hops: &Hops,
         running: Running,
     ) -> Result<Response<ResponseBody>, BodyError> {
-        let Passing { mut outlet, mut attempt, head, local, upgraded, deadline } = passing;
+        let Passing { mut outlet, mut attempt, head, local, upgraded, deadline } = *passing;
         let chain = outlet.chain.clone();
         let (mut head, end) = match head {
             Some(head) => head,
@@ -287,39 +291,35 @@ impl Exchange {
 }
 
 /// Gives an endpoint's response to the filters.
-fn enter_upstream(chain: &Chain, response: Response<Received>, attempt: Box<Attempt>) -> Result<Entered, BodyError> {
+fn enter_upstream(chain: &Chain, response: Response<Received>, attempt: Box<Attempt>) -> Entered {
     let deadline = attempt.deadline;
     let (head, mut body) = response.into_parts();
     let upgraded = head.status == StatusCode::SWITCHING_PROTOCOLS;
     let end = body.is_end_stream();
-    let mut outlet = Outlet::of(chain.clone());
+    let passing = |inlet, attempt, head| {
+        let outlet = Outlet { inlet, ..Outlet::of(chain.clone()) };
+        Entered::Passing(Box::new(Passing { outlet, attempt, head, local: false, upgraded, deadline }))
+    };
     // As a rule all of a short response has come with its head.
-    outlet.whole = if end || !chain.in_body(Flow::Response) { None } else { body.take_whole() };
-    if outlet.whole.is_none() {
-        outlet.inlet = Some(Inlet::new(Flow::Response, body, head.version));
+    let whole = if end || !chain.in_body(Flow::Response) { None } else { body.take_whole() };
+    let Some(whole) = whole else {
+        let inlet = Inlet::new(Flow::Response, body, head.version);
         chain.response_headers(head, end);
-        let attempt = Some(attempt);
-        return Ok(Entered::Passing(Passing { outlet, attempt, head: None, local: false, upgraded, deadline }));
-    }
+        return passing(Some(inlet), Some(attempt), None);
+    };
     attempt.succeeded(None, Instant::now());
-    chain.response_headers(head, false);
-    let mut passing = Passing { outlet, attempt: None, head: None, local: false, upgraded, deadline };
-    let status = if chain.stopped() { None } else { chain.let_go_response() };
-    match status {
-        None => return Ok(Entered::Passing(passing)),
-        // A filter said that there is no body.
-        Some(StatusCode::NOT_MODIFIED) => {}
-        Some(_) => {
-            passing.outlet.pour();
-            // All of it is through: the exchange is over before the head leaves, and no filter needs a copy of that.
-            if let Some(bytes) = chain.take_whole(Flow::Response) {
-                let head = chain.finish_response(|head| set_length(&mut head.headers, bytes.len()));
-                return Ok(Entered::Whole(head.ok_or("the response's head is gone")?, bytes));
-            }
+    chain.response_whole(head, whole);
+    let left = if chain.stopped() && !chain.head_sent() { None } else { chain.let_go_response() };
+    // Unless a filter said that there is no body.
+    if left.is_some_and(|status| status != StatusCode::NOT_MODIFIED) {
+        chain.pour(Flow::Response);
+        // All of it is through: the exchange is over before the head leaves, and no filter needs a copy of that.
+        if let Some(bytes) = chain.take_whole(Flow::Response) {
+            chain.finish_response(|head| set_length(&mut head.headers, bytes.len()));
+            return Entered::Whole(bytes);
         }
     }
-    passing.head = chain.take_response_head().map(|head| (head, false));
-    Ok(Entered::Passing(passing))
+    passing(None, None, left.and_then(|_| chain.take_response_head()).map(|head| (head, false)))
 }
 
 /// The length where all of the body is known, else none; HTTP/1 sends only the trailers that are announced, and with a length none.
@@ -343,10 +343,10 @@ fn set_length(headers: &mut HeaderMap, length: usize) {
 
 /// What has become of a response that the filters were given.
 pub(super) enum Entered {
-    /// They passed all of it at once, and the exchange is over
-    Whole(response::Parts, Bytes),
+    /// They passed all of it at once, and the exchange is over; its head is still in the chain
+    Whole(Bytes),
     /// It is still on its way
-    Passing(Passing),
+    Passing(Box<Passing>),
 }
 
 /// A response on its way through the filters.

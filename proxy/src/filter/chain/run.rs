@@ -6,7 +6,7 @@ use std::cell::RefMut;
 use std::rc::Rc;
 
 use bytes::Bytes;
-use http::{request, response};
+use http::{StatusCode, request, response};
 
 use super::super::local::is_grpc;
 use super::super::stream::{At, Data, REQUEST_PSEUDO, RESPONSE_PSEUDO, Slot, Waiter};
@@ -74,6 +74,11 @@ impl Stream {
                 step += 1;
             }
         }
+    }
+
+    /// What comes next to a filter whose callback let go what it was shown; see [`View::follow`].
+    pub(in super::super) fn follow(&self, flow: Flow, index: usize) -> Option<Event> {
+        self.data().follow(flow, index)
     }
 
     /// Does what a callback said, and what it asked for while it ran. `Some`: it answered.
@@ -333,6 +338,41 @@ impl Data {
             }
             At::Body => Next::Idle,
         }
+    }
+
+    /// Goes on with what came with a head, where the filter is the only one to hear of it and nothing else is to be done.
+    fn follow(&mut self, flow: Flow, index: usize) -> Option<Event> {
+        let filters = self.slots.len();
+        let way = self.way(flow);
+        if !way.has_rest() || way.cut || way.first + 1 != filters {
+            return None;
+        }
+        let step = way.first;
+        let slot = self.slots.get(index)?;
+        let (body, at) = match flow {
+            Flow::Request => (slot.interest.request_body, slot.request.at),
+            Flow::Response => (slot.interest.response_body, slot.response.at),
+        };
+        if !body || self.stop.is_some() || !slot.wishes.none() || slot.edits[flow as usize].is_lacking() {
+            return None;
+        }
+        if at == At::Headers && flow == Flow::Response {
+            // A filter may have said that there is no body.
+            if self.response.as_ref()?.status == StatusCode::NOT_MODIFIED {
+                return None;
+            }
+            self.pass(flow, step, index);
+            self.let_go_response()?;
+        } else {
+            self.pass(flow, step, index);
+        }
+        while let Some((bytes, end)) = self.way(flow).take_rest() {
+            self.push(flow, step, bytes, end, false);
+            if let Next::Call(event) = self.decide(flow, step, index) {
+                return Some(event);
+            }
+        }
+        None
     }
 
     fn pass(&mut self, flow: Flow, step: usize, index: usize) {

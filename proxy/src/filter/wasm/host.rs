@@ -1,8 +1,6 @@
 //! What the host keeps for one instance: the data of its store.
 
 use std::collections::HashMap;
-use std::collections::hash_map::Entry;
-use std::hash::{BuildHasherDefault, Hasher};
 use std::rc::Weak;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -17,6 +15,7 @@ use wasmtime::{Caller, Memory, ResourceLimiter, TypedFunc};
 use super::super::{Plugin, Stream, View};
 use super::abi::{Abi, Status};
 use super::callouts::Calls;
+use super::contexts::Contexts;
 use super::counting::{FilterMetrics, MetricIds};
 use super::logging::LogLimit;
 use super::shared::{Inbox, Vm};
@@ -153,27 +152,6 @@ pub(super) enum Phase {
     Done,
 }
 
-/// Hashes context ids by themselves.
-#[derive(Debug, Default)]
-pub(super) struct IdHasher(u64);
-
-impl Hasher for IdHasher {
-    fn finish(&self) -> u64 {
-        self.0
-    }
-
-    fn write(&mut self, bytes: &[u8]) {
-        for byte in bytes {
-            self.0 = self.0.rotate_left(8) ^ u64::from(*byte);
-        }
-    }
-
-    fn write_u32(&mut self, id: u32) {
-        // Spreads the bits that the table looks at.
-        self.0 = u64::from(id).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-    }
-}
-
 /// Linear memory and tables within the filter's limit.
 #[derive(Debug)]
 pub(super) struct Limiter {
@@ -283,9 +261,7 @@ pub(super) struct Host {
     /// The one that the effective context belongs to: index into `roots`
     pub(super) root: usize,
     /// Live contexts, the roots among them
-    pub(super) contexts: HashMap<u32, Context, BuildHasherDefault<IdHasher>>,
-    /// The next one's id
-    next: u32,
+    pub(super) contexts: Contexts,
     /// The context of the callback
     pub(super) current: u32,
     /// What `set_effective_context` chose
@@ -320,8 +296,7 @@ impl Host {
             allocating: false,
             roots: Vec::new(),
             root: 0,
-            contexts: HashMap::default(),
-            next: 1,
+            contexts: Contexts::default(),
             current: 0,
             effective: 0,
             chosen: None,
@@ -357,28 +332,20 @@ impl Host {
         self.chosen.as_ref().unwrap_or(&self.own).as_ref()
     }
 
-    /// Adds a context. Its id is unique in the instance, never 0; ids wrap after four billion contexts of one instance.
-    pub(super) fn add(&mut self, context: Context) -> u32 {
-        loop {
-            let id = self.next;
-            self.next = self.next.checked_add(1).unwrap_or(1);
-            if let Entry::Vacant(place) = self.contexts.entry(id) {
-                place.insert(context);
-                return id;
-            }
-        }
+    /// The instance is entered, in a stream or not. Callbacks follow, each of them begun by [`Self::callback`].
+    pub(super) fn begin(&mut self, view: Option<View>) {
+        self.own = view;
+        self.allocating = false;
+        self.timed_out = false;
     }
 
-    /// Begins a callback of a context of the plugin `root`, in a stream or not.
-    pub(super) fn begin(&mut self, context: u32, root: usize, phase: Phase, view: Option<View>) {
+    /// Begins a callback of a context of the plugin `root`.
+    pub(super) fn callback(&mut self, context: u32, root: usize, phase: Phase) {
         self.root = root;
         self.current = context;
         self.effective = context;
         self.phase = phase;
         self.chosen = None;
-        self.own = view;
-        self.allocating = false;
-        self.timed_out = false;
         let limit = match self.roots.get(root) {
             Some(root) => {
                 Counters::bump(&root.counters.calls, 1);
@@ -389,7 +356,7 @@ impl Host {
         self.budget.arm(limit);
     }
 
-    /// The callback has returned.
+    /// The instance is left.
     pub(super) fn end(&mut self) {
         self.chosen = None;
         self.own = None;
@@ -401,11 +368,11 @@ impl Host {
     pub(super) fn select(&mut self, context: u32) -> bool {
         if context == 0 || context == self.current {
             self.effective = self.current;
-            self.root = self.contexts.get(&self.current).map_or(self.root, |own| own.root);
+            self.root = self.contexts.get(self.current).map_or(self.root, |own| own.root);
             self.chosen = None;
             return true;
         }
-        let Some(chosen) = self.contexts.get(&context) else { return false };
+        let Some(chosen) = self.contexts.get(context) else { return false };
         let view = chosen.view();
         if chosen.stream.is_some() && view.is_none() {
             return false;

@@ -126,7 +126,7 @@ impl Instance {
         self.dead.set(true);
         inner.store.data().inbox.close();
         // Those that wait for a resume would wait for ever.
-        for context in inner.store.data().contexts.values() {
+        for context in inner.store.data().contexts.iter() {
             if let Some(stream) = context.stream.as_ref().and_then(|(stream, _)| stream.upgrade()) {
                 stream.notify();
             }
@@ -142,20 +142,22 @@ impl Instance {
         view: Option<View>,
         f: impl FnOnce(&mut Store<Host>, &Callbacks) -> wasmtime::Result<R>,
     ) -> Result<R, Box<Failure>> {
-        self.enter(root, |store, callbacks| {
-            store.data_mut().begin(context, root, phase, view);
+        self.enter(root, view, |store, callbacks| {
+            store.data_mut().callback(context, root, phase);
             f(store, callbacks)
         })
     }
 
-    /// Runs callbacks of the plugin `root`, each of them begun by [`Host::begin`]. Whatever the guest asks for of streams is left in them and
+    /// Runs callbacks of the plugin `root`, each of them begun by [`Host::callback`]. Whatever the guest asks for of streams is left in them and
     /// done by their exchanges when this has returned.
     fn enter<R>(
         &self,
         root: usize,
+        view: Option<View>,
         f: impl FnOnce(&mut Store<Host>, &Callbacks) -> wasmtime::Result<R>,
     ) -> Result<R, Box<Failure>> {
         let (result, orders) = self.with(|Inner { store, callbacks }| {
+            store.data_mut().begin(view);
             let result = guarded(&self.watch, store, Some(root), |store| f(store, callbacks));
             let host = store.data_mut();
             host.end();
@@ -179,7 +181,7 @@ impl Instance {
         let (id, root) = self.with(|inner| {
             let host = inner.store.data_mut();
             let index = host.roots.iter().position(|root| root.id == 0).unwrap_or(host.roots.len());
-            let id = host.add(Context { root: index, stream: None });
+            let id = host.contexts.add(Context { root: index, stream: None });
             let plugin = std::sync::Weak::new();
             let root = Root { id, spec: Arc::clone(spec), counters, end: End::No, plugin, listens: false };
             match host.roots.get_mut(index) {
@@ -256,7 +258,7 @@ impl Instance {
     fn remove_root(&self, id: u32, root: usize) {
         if let Ok(mut inner) = self.inner.try_borrow_mut() {
             let host = inner.store.data_mut();
-            host.contexts.remove(&id);
+            host.contexts.remove(id);
             if let Some(root) = host.roots.get_mut(root) {
                 root.id = 0;
                 root.spec.vm.unregister(&host.inbox, id);
@@ -278,19 +280,19 @@ impl Instance {
         first: Option<(Flow, Event)>,
         view: &View,
     ) -> Result<Option<(u32, bool)>, Box<Failure>> {
-        self.enter(root, |store, callbacks| {
+        self.enter(root, Some(view.clone()), |store, callbacks| {
             let host = store.data_mut();
             if host.meter(Some(root)).over() {
                 return Ok(None);
             }
             let stream = Some((Rc::downgrade(&view.stream), view.index));
-            let context = host.add(Context { root, stream });
+            let context = host.contexts.add(Context { root, stream });
             let mut parent = 0;
             if let Some(root) = host.roots.get(root) {
                 Counters::bump(&root.counters.requests, 1);
                 parent = root.id;
             }
-            host.begin(context, root, Phase::Stream, Some(view.clone()));
+            host.callback(context, root, Phase::Stream);
             if let Some(create) = &callbacks.create {
                 create.call(&mut *store, (context, parent))?;
             }
@@ -310,34 +312,36 @@ impl Instance {
         event: Event,
         view: &View,
     ) -> Result<bool, Box<Failure>> {
-        self.enter(root, |store, callbacks| on(store, callbacks, (context, root), flow, event, view))
+        self.enter(root, Some(view.clone()), |store, callbacks| {
+            on(store, callbacks, (context, root), flow, event, view)
+        })
     }
 
     /// `on_log`.
     pub(super) fn log(&self, (context, root): (u32, usize), view: &View) -> Result<(), Box<Failure>> {
-        self.enter(root, |store, callbacks| log(store, callbacks, (context, root), view))
+        self.enter(root, Some(view.clone()), |store, callbacks| log(store, callbacks, (context, root)))
     }
 
     /// `on_done` and `on_delete` of a stream context. With `logs`, `on_log` as well: in front of them, of TCP between them.
     pub(super) fn end(&self, (context, root): (u32, usize), view: &View, logs: bool) -> Result<(), Box<Failure>> {
         let tcp = view.is_tcp();
-        self.enter(root, |store, callbacks| {
+        self.enter(root, Some(view.clone()), |store, callbacks| {
             if logs && !tcp {
-                log(store, callbacks, (context, root), view)?;
+                log(store, callbacks, (context, root))?;
             }
             if let Some(done) = &callbacks.done {
-                store.data_mut().begin(context, root, Phase::Done, Some(view.clone()));
+                store.data_mut().callback(context, root, Phase::Done);
                 // A stream ends whatever the guest says.
                 done.call(&mut *store, context)?;
             }
             if logs && tcp {
-                log(store, callbacks, (context, root), view)?;
+                log(store, callbacks, (context, root))?;
             }
             if let Some(delete) = &callbacks.delete {
-                store.data_mut().begin(context, root, Phase::Done, Some(view.clone()));
+                store.data_mut().callback(context, root, Phase::Done);
                 delete.call(&mut *store, context)?;
             }
-            store.data_mut().contexts.remove(&context);
+            store.data_mut().contexts.remove(context);
             Ok(())
         })
     }
@@ -351,21 +355,22 @@ fn on(
     event: Event,
     view: &View,
 ) -> wasmtime::Result<bool> {
-    if !callbacks.has(flow, event, view.is_tcp()) {
-        return Ok(false);
+    let mut next = Some(event);
+    while let Some(event) = next {
+        if callbacks.has(flow, event, view.is_tcp()) {
+            store.data_mut().callback(context, root, Phase::Stream);
+            if callbacks.call(store, context, flow, event, view)? != 0 {
+                return Ok(true);
+            }
+        }
+        next = view.follow(flow);
     }
-    store.data_mut().begin(context, root, Phase::Stream, Some(view.clone()));
-    Ok(callbacks.call(store, context, flow, event, view)? != 0)
+    Ok(false)
 }
 
-fn log(
-    store: &mut Store<Host>,
-    callbacks: &Callbacks,
-    (context, root): (u32, usize),
-    view: &View,
-) -> wasmtime::Result<()> {
+fn log(store: &mut Store<Host>, callbacks: &Callbacks, (context, root): (u32, usize)) -> wasmtime::Result<()> {
     let Some(log) = &callbacks.log else { return Ok(()) };
-    store.data_mut().begin(context, root, Phase::Log, Some(view.clone()));
+    store.data_mut().callback(context, root, Phase::Log);
     log.call(store, context)
 }
 

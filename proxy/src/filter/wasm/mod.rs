@@ -10,6 +10,7 @@ mod callbacks;
 mod callouts;
 mod calls;
 pub(super) mod clock;
+mod contexts;
 mod counting;
 mod engine;
 mod foreign;

@@ -203,8 +203,6 @@ pub(super) enum Lost {
 pub(super) struct Outlet {
     pub(super) chain: Chain,
     pub(super) inlet: Option<Inlet<Received>>,
-    /// A body that has come as a whole, in place of an inlet
-    pub(super) whole: Option<Bytes>,
     /// All of the body went in before the head came out; with these trailers
     pub(super) ended: Option<Option<HeaderMap>>,
     pub(super) deadline: Option<Pin<Box<Sleep>>>,
@@ -213,7 +211,7 @@ pub(super) struct Outlet {
 impl Outlet {
     /// Of a response that nothing more comes in of.
     pub(super) fn of(chain: Chain) -> Self {
-        Self { chain, inlet: None, whole: None, ended: None, deadline: None }
+        Self { chain, inlet: None, ended: None, deadline: None }
     }
 
     /// The response's head, when the filters have let it go; and whether nothing follows it.
@@ -222,7 +220,7 @@ impl Outlet {
         if let Some(head) = self.ready()? {
             return Ok(head);
         }
-        self.pour();
+        self.chain.pour(Flow::Response);
         let waiting = std::future::poll_fn(|cx| {
             loop {
                 self.chain.settle();
@@ -245,13 +243,6 @@ impl Outlet {
             Some(deadline) => tokio::time::timeout_at(deadline.into(), waiting).await.unwrap_or(Err(Lost::Late)),
             None => waiting.await,
         }
-    }
-
-    /// Gives the filters a body that is here as a whole: as bytes and an end, as of other hosts.
-    pub(super) fn pour(&mut self) {
-        let Some(bytes) = self.whole.take() else { return };
-        self.chain.data(Flow::Response, bytes, false);
-        self.chain.data(Flow::Response, Bytes::new(), true);
     }
 
     fn ready(&self) -> Result<Option<(response::Parts, bool)>, Lost> {
