@@ -1,9 +1,9 @@
 //! The guest's callbacks, looked up once per instance.
 
-use wasmtime::{Instance as WasmInstance, Store, TypedFunc};
+use wasmtime::{Instance as WasmInstance, Store, TypedFunc, WasmParams, WasmResults};
 
 use super::super::{Event, Flow, View, Which};
-use super::host::Host;
+use super::host::{Host, Phase};
 use super::{headers, trace};
 
 type Ids = (u32, u32);
@@ -65,7 +65,7 @@ pub(super) struct RootCallbacks {
 type OnGrpc = TypedFunc<(u32, u32, u32), ()>;
 type OnAnswer = TypedFunc<(u32, u32, u32, u32, u32), ()>;
 
-fn find<P: wasmtime::WasmParams, R: wasmtime::WasmResults>(
+fn find<P: WasmParams, R: WasmResults>(
     store: &mut Store<Host>,
     instance: &WasmInstance,
     name: &str,
@@ -127,52 +127,46 @@ impl Callbacks {
         }
     }
 
-    /// The guest has a callback for this.
-    pub(super) fn has(&self, flow: Flow, event: Event, tcp: bool) -> bool {
-        let direction = self.direction(flow);
-        match event {
-            Event::Headers { .. } if tcp => self.connection.is_some(),
-            Event::Headers { .. } => direction.headers.is_some(),
-            Event::Body { .. } if tcp => direction.data.is_some(),
-            Event::Body { .. } => direction.body.is_some(),
-            Event::Trailers => direction.trailers.is_some(),
-            Event::Closed(_) => direction.closed.is_some(),
-        }
-    }
-
-    /// Calls it; what it returned (0: continue).
+    /// Calls the guest's callback for this, if there is one; what it returned (0: continue).
     pub(super) fn call(
         &self,
         store: &mut Store<Host>,
-        context: u32,
+        (context, root): (u32, usize),
         flow: Flow,
         event: Event,
         view: &View,
     ) -> wasmtime::Result<u32> {
-        let direction = self.direction(flow);
+        let (direction, tcp) = (self.direction(flow), view.is_tcp());
         let count = |which| view.read(flow, which, headers::count_of).unwrap_or_default();
         let word = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
+        let begin = |store: &mut Store<Host>| store.data_mut().callback(context, root, Phase::Stream);
         match event {
-            Event::Headers { end } => match (&direction.headers, &self.connection) {
-                (_, Some(callback)) if view.is_tcp() => callback.call(store, context),
-                (Some(callback), _) if !view.is_tcp() => {
-                    callback.call(store, context, word(count(Which::Headers)), end)
-                }
-                _ => Ok(0),
-            },
-            Event::Body { size, end } => {
-                let callback = if view.is_tcp() { &direction.data } else { &direction.body };
-                let call = |callback: &OnBody| callback.call(store, (context, word(size), u32::from(end)));
-                callback.as_ref().map_or(Ok(0), call)
+            Event::Headers { .. } if tcp => {
+                let Some(callback) = &self.connection else { return Ok(0) };
+                begin(store);
+                callback.call(store, context)
             }
-            Event::Trailers => match &direction.trailers {
-                Some(callback) => callback.call(store, (context, word(count(Which::Trailers)))),
-                None => Ok(0),
-            },
-            Event::Closed(peer) => match &direction.closed {
-                Some(callback) => callback.call(store, (context, peer as u32)).map(|()| 0),
-                None => Ok(0),
-            },
+            Event::Headers { end } => {
+                let Some(callback) = &direction.headers else { return Ok(0) };
+                begin(store);
+                callback.call(store, context, word(count(Which::Headers)), end)
+            }
+            Event::Body { size, end } => {
+                let callback = if tcp { &direction.data } else { &direction.body };
+                let Some(callback) = callback else { return Ok(0) };
+                begin(store);
+                callback.call(store, (context, word(size), u32::from(end)))
+            }
+            Event::Trailers => {
+                let Some(callback) = &direction.trailers else { return Ok(0) };
+                begin(store);
+                callback.call(store, (context, word(count(Which::Trailers))))
+            }
+            Event::Closed(peer) => {
+                let Some(callback) = &direction.closed else { return Ok(0) };
+                begin(store);
+                callback.call(store, (context, peer as u32)).map(|()| 0)
+            }
         }
     }
 }

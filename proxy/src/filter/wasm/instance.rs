@@ -357,11 +357,8 @@ fn on(
 ) -> wasmtime::Result<bool> {
     let mut next = Some(event);
     while let Some(event) = next {
-        if callbacks.has(flow, event, view.is_tcp()) {
-            store.data_mut().callback(context, root, Phase::Stream);
-            if callbacks.call(store, context, flow, event, view)? != 0 {
-                return Ok(true);
-            }
+        if callbacks.call(store, (context, root), flow, event, view)? != 0 {
+            return Ok(true);
         }
         next = view.follow(flow);
     }
