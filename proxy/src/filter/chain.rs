@@ -144,12 +144,12 @@ impl Chain {
         self.0.run(Flow::Response);
     }
 
-    /// Gives the filters what came with the head.
-    pub fn pour(&self, flow: Flow) {
+    /// Gives the filters what came with the response's head.
+    pub fn pour(&self) {
         loop {
-            let rest = self.0.data().way(flow).take_rest();
+            let rest = self.0.data().way(Flow::Response).take_rest();
             let Some((bytes, end)) = rest else { return };
-            self.0.input(flow, bytes, end, false);
+            self.0.input(Flow::Response, bytes, end, false);
         }
     }
 
@@ -182,7 +182,7 @@ impl Chain {
         Some((data.response.take()?, end))
     }
 
-    /// The same, but the head stays until [`Chain::take_response_head`] or [`Chain::finish_response`]: its status.
+    /// The same, but the head stays until [`Chain::take_response_head`]: its status. Again where that has happened in [`Chain::response_whole`].
     pub fn let_go_response(&self) -> Option<StatusCode> {
         let mut data = self.0.data();
         if !data.head_sent {
@@ -191,7 +191,7 @@ impl Chain {
         data.response.as_ref().map(|head| head.status)
     }
 
-    /// The head that [`Chain::let_go_response`] or [`Chain::finish_response`] left.
+    /// The head that [`Chain::let_go_response`] left.
     pub fn take_response_head(&self) -> Option<response::Parts> {
         self.0.data().response.take()
     }

@@ -491,7 +491,7 @@ fn whole(scripts: &[Vec<u8>], body: &'static str, follows: bool) -> String {
     let left = if chain.stopped() && !chain.head_sent() { None } else { chain.let_go_response() };
     let pours = if left.is_some() { left != Some(StatusCode::NOT_MODIFIED) } else { !chain.stopped() };
     if pours {
-        chain.pour(Flow::Response);
+        chain.pour();
     }
     let head = left.or_else(|| chain.let_go_response());
     let (out, cut, stop) = (bench.out(Flow::Response), chain.is_cut(Flow::Response), chain.stop());

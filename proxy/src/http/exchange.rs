@@ -382,8 +382,12 @@ impl Exchange {
 
     /// The rule that a request is sent by.
     pub(super) fn select(&mut self, rule: &Rule) {
-        self.route = rule.name.clone();
         self.deadline = rule.policy.request_timeout.map(|timeout| self.start + timeout);
+        // Behind filters it is chosen again, as a rule the same one.
+        if Arc::ptr_eq(&self.route, &rule.name) {
+            return;
+        }
+        self.route = rule.name.clone();
         if let Some(chain) = &self.chain {
             chain.info(|info| info.route = Some(rule.name.clone()));
         }

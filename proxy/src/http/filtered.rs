@@ -312,7 +312,7 @@ fn enter_upstream(chain: &Chain, response: Response<Received>, attempt: Box<Atte
     let left = if chain.stopped() && !chain.head_sent() { None } else { chain.let_go_response() };
     // Unless a filter said that there is no body.
     if left.is_some_and(|status| status != StatusCode::NOT_MODIFIED) {
-        chain.pour(Flow::Response);
+        chain.pour();
         // All of it is through: the exchange is over before the head leaves, and no filter needs a copy of that.
         if let Some(bytes) = chain.take_whole(Flow::Response) {
             chain.finish_response(|head| set_length(&mut head.headers, bytes.len()));

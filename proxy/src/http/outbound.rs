@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 
 use ::http::header::HOST;
@@ -181,7 +182,9 @@ async fn to_service(
 
 /// The port of the service that is meant.
 fn enter<'a>(x: &mut Exchange, service: &'a Service, port: Option<u16>) -> Result<&'a Port, Failure> {
-    x.service = service.label.clone();
+    if !Arc::ptr_eq(&x.service, &service.label) {
+        x.service = service.label.clone();
+    }
     let unknown =
         || Failure::new(Reason::UnknownPort, format!("{} has no port {}", service.label, port.unwrap_or_default()));
     service.port(port).ok_or_else(unknown)

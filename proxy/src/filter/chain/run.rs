@@ -78,7 +78,7 @@ impl Stream {
 
     /// What comes next to a filter whose callback let go what it was shown; see [`View::follow`].
     pub(in super::super) fn follow(&self, flow: Flow, index: usize) -> Option<Event> {
-        self.data().follow(flow, index)
+        if flow == Flow::Response { self.data().follow(index) } else { None }
     }
 
     /// Does what a callback said, and what it asked for while it ran. `Some`: it answered.
@@ -340,23 +340,20 @@ impl Data {
         }
     }
 
-    /// Goes on with what came with a head, where the filter is the only one to hear of it and nothing else is to be done.
-    fn follow(&mut self, flow: Flow, index: usize) -> Option<Event> {
-        let filters = self.slots.len();
+    /// Goes on with what came with a response's head, where the filter is the only one to hear of it and nothing else is to be done.
+    fn follow(&mut self, index: usize) -> Option<Event> {
+        let (flow, filters) = (Flow::Response, self.slots.len());
         let way = self.way(flow);
         if !way.has_rest() || way.cut || way.first + 1 != filters {
             return None;
         }
         let step = way.first;
         let slot = self.slots.get(index)?;
-        let (body, at) = match flow {
-            Flow::Request => (slot.interest.request_body, slot.request.at),
-            Flow::Response => (slot.interest.response_body, slot.response.at),
-        };
-        if !body || self.stop.is_some() || !slot.wishes.none() || slot.edits[flow as usize].is_lacking() {
+        let asked = self.stop.is_some() || !slot.wishes.none() || slot.edits[flow as usize].is_lacking();
+        if asked || !slot.interest.response_body {
             return None;
         }
-        if at == At::Headers && flow == Flow::Response {
+        if slot.response.at == At::Headers {
             // A filter may have said that there is no body.
             if self.response.as_ref()?.status == StatusCode::NOT_MODIFIED {
                 return None;

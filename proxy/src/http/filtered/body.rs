@@ -220,7 +220,7 @@ impl Outlet {
         if let Some(head) = self.ready()? {
             return Ok(head);
         }
-        self.chain.pour(Flow::Response);
+        self.chain.pour();
         let waiting = std::future::poll_fn(|cx| {
             loop {
                 self.chain.settle();
