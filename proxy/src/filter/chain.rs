@@ -135,13 +135,23 @@ impl Chain {
     }
 
     /// The response begins, and all of its body has come with it. A filter that is alone hears of everything at once, as long as it goes on, and
-    /// the head has left in between; what remains is for [`Chain::pour`].
-    pub fn response_whole(&self, head: response::Parts, body: Bytes) {
+    /// the head has left in between: the body, if the exchange is over with that; its head, after the mesh's last touch (which is told the
+    /// length of the body), is for [`Chain::take_response_head`]. Otherwise, what remains is for [`Chain::pour`].
+    pub fn response_whole(
+        &self,
+        head: response::Parts,
+        body: Bytes,
+        touch: fn(&mut response::Parts, usize),
+    ) -> Option<Bytes> {
         let mut data = self.0.data();
         data.begin_response(usize::MAX, head, false);
         data.way(Flow::Response).set_rest(body);
+        data.touch = Some(touch);
         drop(data);
         self.0.run(Flow::Response);
+        let mut data = self.0.data();
+        data.touch = None;
+        if data.logging { data.way(Flow::Response).take_whole() } else { None }
     }
 
     /// Gives the filters what came with the response's head.

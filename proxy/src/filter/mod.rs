@@ -24,6 +24,7 @@ pub use info::{ConnectionFacts, FilterState, StaticConnection, StreamInfo};
 pub use local::LocalResponse;
 pub use plugin::{Compiler, FilterError, Plugin, Plugins, Settings};
 pub use report::{Health, StatusRow, prometheus};
+pub(crate) use stream::Next;
 pub use stream::{At, Edits, Facts, Filters, Flow, HeadMut, HeadRef, Rewritten, Stream, View, Which};
 pub use wasm::{Answer, AnswerBody, CallOut, Outside, connect, release_unused, warm};
 

@@ -246,9 +246,16 @@ pub(crate) struct Data {
     pub(crate) again: bool,
     /// The exchange is over and its filters log: heads are read-only
     pub(crate) logging: bool,
+    /// All of that is done
+    pub(crate) finished: bool,
     /// The response's head has left the chain
     pub(crate) head_sent: bool,
+    /// The exchange is over with the end of the response: what is done to its head then, given the length of its body
+    pub(crate) touch: Option<Touch>,
 }
+
+/// The mesh's last touch of a response's head: it is told the length of the body.
+pub(crate) type Touch = fn(&mut response::Parts, usize);
 
 /// The cell; see the module.
 pub struct Stream {
@@ -302,7 +309,9 @@ impl Stream {
                 stop: None,
                 again: false,
                 logging: false,
+                finished: false,
                 head_sent: false,
+                touch: None,
             }),
             tcp,
             handles: Cell::new(1),
@@ -367,6 +376,15 @@ pub enum HeadMut<'a> {
     Response(&'a mut response::Parts, &'a mut Edits),
     /// Trailers
     Trailers(&'a mut HeaderMap, &'a mut Edits),
+}
+
+/// What comes next to a filter that has not returned yet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Next {
+    /// Something more
+    Event(Event),
+    /// The end of the exchange: what [`Filter::log_and_done`] does, which is not called then
+    Over,
 }
 
 /// Which head of a direction.
@@ -456,8 +474,13 @@ impl View {
 
     /// For a filter whose callback says [`Continue`](super::Action::Continue): what it is to be told next before it returns, if anything. What it
     /// was shown has gone on then.
-    pub(crate) fn follow(&self, flow: Flow) -> Option<Event> {
+    pub(crate) fn follow(&self, flow: Flow) -> Option<Next> {
         self.stream.follow(flow, self.index)
+    }
+
+    /// The exchange is over.
+    pub(crate) fn is_over(&self) -> bool {
+        self.stream.data.borrow().logging
     }
 
     /// Lets go what the filter holds, once its callback has returned. Nothing if it holds nothing.

@@ -9,8 +9,8 @@ use http::{HeaderMap, HeaderValue, StatusCode};
 use proptest::prelude::*;
 
 use super::{
-    Action, Chain, Event, Failed, Filter, Filters, Flow, Frame, HeadMut, Interest, LocalResponse, Stop, StreamInfo,
-    View, Which,
+    Action, Chain, Event, Failed, Filter, Filters, Flow, Frame, HeadMut, Interest, LocalResponse, Next, Stop,
+    StreamInfo, View, Which,
 };
 
 type Script = Rc<RefCell<VecDeque<Box<dyn FnMut(&View) -> Action>>>>;
@@ -48,7 +48,10 @@ impl Filter for Scripted {
             && matches!(action, Action::Continue)
             && let Some(next) = view.follow(flow)
         {
-            action = self.hear(flow, next, view);
+            match next {
+                Next::Event(event) => action = self.hear(flow, event, view),
+                Next::Over => self.log_and_done(view),
+            }
         }
         action
     }
@@ -487,20 +490,31 @@ fn whole(scripts: &[Vec<u8>], body: &'static str, follows: bool) -> String {
         }
     }
     let chain = &bench.chain;
-    chain.response_whole(http::Response::new(()).into_parts().0, Bytes::from_static(body.as_bytes()));
-    let left = if chain.stopped() && !chain.head_sent() { None } else { chain.let_go_response() };
-    let pours = if left.is_some() { left != Some(StatusCode::NOT_MODIFIED) } else { !chain.stopped() };
-    if pours {
-        chain.pour();
-    }
-    let head = left.or_else(|| chain.let_go_response());
-    let (out, cut, stop) = (bench.out(Flow::Response), chain.is_cut(Flow::Response), chain.stop());
+    let touch = |head: &mut http::response::Parts, length: usize| drop(head.headers.insert("x-length", length.into()));
+    let head = http::Response::new(()).into_parts().0;
+    let (out, stop) = match chain.response_whole(head, Bytes::from_static(body.as_bytes()), touch) {
+        Some(bytes) => (format!("{}.", std::str::from_utf8(&bytes).unwrap()), None),
+        None => {
+            let left = if chain.stopped() && !chain.head_sent() { None } else { chain.let_go_response() };
+            let pours = if left.is_some() { left != Some(StatusCode::NOT_MODIFIED) } else { !chain.stopped() };
+            if pours {
+                chain.pour();
+            }
+            if left.is_some()
+                && pours
+                && let Some(bytes) = chain.take_whole(Flow::Response)
+            {
+                chain.finish_response(|head| touch(head, bytes.len()));
+                (format!("{}.", std::str::from_utf8(&bytes).unwrap()), chain.stop())
+            } else {
+                chain.let_go_response();
+                (bench.out(Flow::Response) + if chain.is_cut(Flow::Response) { "|" } else { "" }, chain.stop())
+            }
+        }
+    };
     chain.done();
-    format!(
-        "{:?} {head:?} {out:?} {cut} {stop:?} {:?}",
-        bench.seen(),
-        chain.take_response_head().map(|head| head.status)
-    )
+    let head = chain.take_response_head().map(|head| (head.status, head.headers));
+    format!("{:?} {head:?} {out:?} {stop:?}", bench.seen())
 }
 
 #[test]
@@ -508,7 +522,7 @@ fn a_filter_that_is_alone_hears_a_whole_response_at_once() {
     let said = whole(&[vec![]], "hello", true);
     let heard = ["a Response headers 0", "a Response body 5 0", "a Response body 0 1", "a log", "a done"];
     assert!(said.contains(&format!("{heard:?}")[1..]), "{said}");
-    assert!(said.contains(r#"Some(200) "hello." false None Some(200)"#), "{said}");
+    assert!(said.ends_with(r#"Some((200, {"x-length": "5"})) "hello." None"#), "{said}");
 }
 
 proptest! {

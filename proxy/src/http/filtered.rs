@@ -308,14 +308,17 @@ fn enter_upstream(chain: &Chain, response: Response<Received>, attempt: Box<Atte
         return passing(Some(inlet), Some(attempt), None);
     };
     attempt.succeeded(None, Instant::now());
-    chain.response_whole(head, whole);
+    let frame = |head: &mut response::Parts, length| set_length(&mut head.headers, length);
+    // As a rule all of it is through: the exchange is over before the head leaves, and no filter needs a copy of that.
+    if let Some(bytes) = chain.response_whole(head, whole, frame) {
+        return Entered::Whole(bytes);
+    }
     let left = if chain.stopped() && !chain.head_sent() { None } else { chain.let_go_response() };
     // Unless a filter said that there is no body.
     if left.is_some_and(|status| status != StatusCode::NOT_MODIFIED) {
         chain.pour();
-        // All of it is through: the exchange is over before the head leaves, and no filter needs a copy of that.
         if let Some(bytes) = chain.take_whole(Flow::Response) {
-            chain.finish_response(|head| set_length(&mut head.headers, bytes.len()));
+            chain.finish_response(|head| frame(head, bytes.len()));
             return Entered::Whole(bytes);
         }
     }

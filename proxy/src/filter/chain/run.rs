@@ -9,12 +9,12 @@ use bytes::Bytes;
 use http::{StatusCode, request, response};
 
 use super::super::local::is_grpc;
-use super::super::stream::{At, Data, REQUEST_PSEUDO, RESPONSE_PSEUDO, Slot, Waiter};
+use super::super::stream::{At, Data, Next, REQUEST_PSEUDO, RESPONSE_PSEUDO, Slot, Touch, Waiter};
 use super::super::way::{End, Way};
 use super::super::{Action, Buffer, Event, Failed, Filter, Flow, LocalResponse, Peer, RequestHead, Stream, View};
 use super::Stop;
 
-enum Next {
+enum Step {
     Idle,
     Pass,
     Call(Event),
@@ -55,10 +55,10 @@ impl Stream {
         while step < data.slots.len() && !data.halted(flow) && data.way(flow).first <= step {
             let index = data.index(flow, step);
             match data.decide(flow, step, index) {
-                Next::Idle => {}
-                Next::Pass => self.pass(&mut data, flow, step, index),
-                Next::TooLarge => self.stop(&mut data, Stop::TooLarge(flow)),
-                Next::Call(event) => {
+                Step::Idle => {}
+                Step::Pass => self.pass(&mut data, flow, step, index),
+                Step::TooLarge => self.stop(&mut data, Stop::TooLarge(flow)),
+                Step::Call(event) => {
                     let Some(mut filter) = data.lend(flow, index) else { return };
                     // Nothing is borrowed while a callback runs.
                     drop(data);
@@ -77,7 +77,7 @@ impl Stream {
     }
 
     /// What comes next to a filter whose callback let go what it was shown; see [`View::follow`].
-    pub(in super::super) fn follow(&self, flow: Flow, index: usize) -> Option<Event> {
+    pub(in super::super) fn follow(&self, flow: Flow, index: usize) -> Option<Next> {
         if flow == Flow::Response { self.data().follow(index) } else { None }
     }
 
@@ -222,10 +222,11 @@ impl Stream {
     pub(super) fn finish(self: &Rc<Self>) {
         let count = {
             let mut data = self.data();
-            if std::mem::replace(&mut data.logging, true) {
+            if std::mem::replace(&mut data.finished, true) {
                 return;
             }
-            data.slots.len()
+            // A filter that was alone may have seen to it itself.
+            if std::mem::replace(&mut data.logging, true) { 0 } else { data.slots.len() }
         };
         let alone = count == 1 && !self.tcp;
         for index in (0..count).filter(|_| !alone && !self.tcp) {
@@ -304,54 +305,55 @@ impl Data {
     }
 
     /// What a filter has to be told next.
-    fn decide(&mut self, flow: Flow, step: usize, index: usize) -> Next {
+    fn decide(&mut self, flow: Flow, step: usize, index: usize) -> Step {
         let way = self.way(flow);
         let (head_here, head_end) = (way.head_at == step, way.head_end);
-        let Some(slot) = self.slots.get_mut(index) else { return Next::Idle };
+        let Some(slot) = self.slots.get_mut(index) else { return Step::Idle };
         let (interest, limit) = (slot.interest, slot.body_limit);
         let resumed = slot.stage(flow).paused && std::mem::take(&mut slot.wishes.resume[flow as usize]);
         let stage = slot.stage_mut(flow);
         match stage.at {
             At::Waiting if head_here => {
                 stage.at = At::Headers;
-                Next::Call(Event::Headers { end: head_end })
+                Step::Call(Event::Headers { end: head_end })
             }
-            At::Waiting | At::Done => Next::Idle,
-            _ if resumed => Next::Pass,
-            At::Headers | At::Trailers => Next::Idle,
+            At::Waiting | At::Done => Step::Idle,
+            _ if resumed => Step::Pass,
+            At::Headers | At::Trailers => Step::Idle,
             At::Body if stage.fresh => {
                 stage.fresh = false;
                 let body = if flow == Flow::Request { interest.request_body } else { interest.response_body };
                 if !body {
-                    return Next::Pass;
+                    return Step::Pass;
                 }
                 if stage.paused && stage.body.len() > limit {
-                    return Next::TooLarge;
+                    return Step::TooLarge;
                 }
-                Next::Call(Event::Body { size: stage.body.len(), end: stage.ended })
+                Step::Call(Event::Body { size: stage.body.len(), end: stage.ended })
             }
             At::Body if stage.trailers => {
                 stage.at = At::Trailers;
                 let trailers =
                     if flow == Flow::Request { interest.request_trailers } else { interest.response_trailers };
-                if trailers { Next::Call(Event::Trailers) } else { Next::Pass }
+                if trailers { Step::Call(Event::Trailers) } else { Step::Pass }
             }
-            At::Body => Next::Idle,
+            At::Body => Step::Idle,
         }
     }
 
     /// Goes on with what came with a response's head, where the filter is the only one to hear of it and nothing else is to be done.
-    fn follow(&mut self, index: usize) -> Option<Event> {
+    fn follow(&mut self, index: usize) -> Option<Next> {
         let (flow, filters) = (Flow::Response, self.slots.len());
+        let touch = self.touch?;
         let way = self.way(flow);
-        if !way.has_rest() || way.cut || way.first + 1 != filters {
-            return None;
-        }
-        let step = way.first;
+        let (step, rests, halted) = (way.first, way.has_rest(), way.cut || way.first + 1 != filters);
         let slot = self.slots.get(index)?;
         let asked = self.stop.is_some() || !slot.wishes.none() || slot.edits[flow as usize].is_lacking();
-        if asked || !slot.interest.response_body {
+        if halted || asked || !slot.interest.response_body {
             return None;
+        }
+        if !rests {
+            return self.conclude(touch);
         }
         if slot.response.at == At::Headers {
             // A filter may have said that there is no body.
@@ -365,11 +367,28 @@ impl Data {
         }
         while let Some((bytes, end)) = self.way(flow).take_rest() {
             self.push(flow, step, bytes, end, false);
-            if let Next::Call(event) = self.decide(flow, step, index) {
-                return Some(event);
+            if let Step::Call(event) = self.decide(flow, step, index) {
+                return Some(Next::Event(event));
             }
         }
         None
+    }
+
+    /// A filter that is alone has let go the end of a response: the exchange is over, if what comes out is one piece.
+    fn conclude(&mut self, touch: Touch) -> Option<Next> {
+        let (flow, trailers) = (Flow::Response, self.trailers_mut(Flow::Response).is_some());
+        let waits = !self.way(flow).is_clear();
+        let [slot] = self.slots.as_slice() else { return None };
+        let stage = &slot.response;
+        let more = stage.fresh || stage.trailers || trailers || (waits && !stage.body.is_empty());
+        if stage.at != At::Body || !stage.ended || more {
+            return None;
+        }
+        self.pass(flow, 0, 0);
+        let length = self.way(flow).held_out();
+        touch(self.response.as_mut()?, length);
+        self.logging = true;
+        Some(Next::Over)
     }
 
     fn pass(&mut self, flow: Flow, step: usize, index: usize) {

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use wasmtime::{Instance as WasmInstance, InstancePre, Store, Trap, TypedFunc, UpdateDeadline, WasmBacktrace};
 
-use super::super::{Event, Flow, View};
+use super::super::{Event, Flow, Next, View};
 use super::callbacks::Callbacks;
 use super::host::{Context, Counters, End, Host, Phase, Root, Spec};
 use super::outside::Tasks;
@@ -27,6 +27,15 @@ const FRAME_NAME: usize = 80;
 pub(in super::super) struct Failure {
     pub(in super::super) message: String,
     pub(in super::super) timeout: bool,
+}
+
+/// What a stream context said to what came to it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Said {
+    Continue,
+    Pause,
+    /// The exchange is over, and the context with it
+    Over,
 }
 
 impl From<Box<Failure>> for Failure {
@@ -279,7 +288,7 @@ impl Instance {
         root: usize,
         first: Option<(Flow, Event)>,
         view: &View,
-    ) -> Result<Option<(u32, bool)>, Box<Failure>> {
+    ) -> Result<Option<(u32, Said)>, Box<Failure>> {
         self.enter(root, Some(view.clone()), |store, callbacks| {
             let host = store.data_mut();
             if host.meter(Some(root)).over() {
@@ -296,22 +305,22 @@ impl Instance {
             if let Some(create) = &callbacks.create {
                 create.call(&mut *store, (context, parent))?;
             }
-            let paused = match first {
+            let said = match first {
                 Some((flow, event)) => on(store, callbacks, (context, root), flow, event, view)?,
-                None => false,
+                None => Said::Continue,
             };
-            Ok(Some((context, paused)))
+            Ok(Some((context, said)))
         })
     }
 
-    /// Something comes to a stream context. True: it pauses. Nothing happens where the guest has no callback for it.
+    /// Something comes to a stream context, and what follows while it goes on. Nothing happens where the guest has no callback for it.
     pub(super) fn on(
         &self,
         (context, root): (u32, usize),
         flow: Flow,
         event: Event,
         view: &View,
-    ) -> Result<bool, Box<Failure>> {
+    ) -> Result<Said, Box<Failure>> {
         self.enter(root, Some(view.clone()), |store, callbacks| {
             on(store, callbacks, (context, root), flow, event, view)
         })
@@ -324,25 +333,8 @@ impl Instance {
 
     /// `on_done` and `on_delete` of a stream context. With `logs`, `on_log` as well: in front of them, of TCP between them.
     pub(super) fn end(&self, (context, root): (u32, usize), view: &View, logs: bool) -> Result<(), Box<Failure>> {
-        let tcp = view.is_tcp();
         self.enter(root, Some(view.clone()), |store, callbacks| {
-            if logs && !tcp {
-                log(store, callbacks, (context, root))?;
-            }
-            if let Some(done) = &callbacks.done {
-                store.data_mut().callback(context, root, Phase::Done);
-                // A stream ends whatever the guest says.
-                done.call(&mut *store, context)?;
-            }
-            if logs && tcp {
-                log(store, callbacks, (context, root))?;
-            }
-            if let Some(delete) = &callbacks.delete {
-                store.data_mut().callback(context, root, Phase::Done);
-                delete.call(&mut *store, context)?;
-            }
-            store.data_mut().contexts.remove(context);
-            Ok(())
+            end(store, callbacks, (context, root), view.is_tcp(), logs)
         })
     }
 }
@@ -354,15 +346,44 @@ fn on(
     flow: Flow,
     event: Event,
     view: &View,
-) -> wasmtime::Result<bool> {
-    let mut next = Some(event);
-    while let Some(event) = next {
+) -> wasmtime::Result<Said> {
+    let mut event = event;
+    loop {
         if callbacks.call(store, (context, root), flow, event, view)? != 0 {
-            return Ok(true);
+            return Ok(Said::Pause);
         }
-        next = view.follow(flow);
+        match view.follow(flow) {
+            Some(Next::Event(next)) => event = next,
+            Some(Next::Over) => return end(store, callbacks, (context, root), false, true).map(|()| Said::Over),
+            None => return Ok(Said::Continue),
+        }
     }
-    Ok(false)
+}
+
+fn end(
+    store: &mut Store<Host>,
+    callbacks: &Callbacks,
+    (context, root): (u32, usize),
+    tcp: bool,
+    logs: bool,
+) -> wasmtime::Result<()> {
+    if logs && !tcp {
+        log(store, callbacks, (context, root))?;
+    }
+    if let Some(done) = &callbacks.done {
+        store.data_mut().callback(context, root, Phase::Done);
+        // A stream ends whatever the guest says.
+        done.call(&mut *store, context)?;
+    }
+    if logs && tcp {
+        log(store, callbacks, (context, root))?;
+    }
+    if let Some(delete) = &callbacks.delete {
+        store.data_mut().callback(context, root, Phase::Done);
+        delete.call(&mut *store, context)?;
+    }
+    store.data_mut().contexts.remove(context);
+    Ok(())
 }
 
 fn log(store: &mut Store<Host>, callbacks: &Callbacks, (context, root): (u32, usize)) -> wasmtime::Result<()> {

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::super::{Action, Event, Failed, Filter, Flow, Interest, Plugin, View};
-use super::instance::Failure;
+use super::instance::{Failure, Said};
 use super::instances::{Entered, acquire};
 
 enum State {
@@ -26,13 +26,13 @@ impl WasmFilter {
         Self { plugin, state: State::New }
     }
 
-    /// Makes the filter's context when it is first needed: with what comes to it, or at its end. True: it pauses.
-    fn begin(&mut self, first: Option<(Flow, Event)>, view: &View) -> Result<bool, String> {
+    /// Makes the filter's context when it is first needed: with what comes to it, or at its end.
+    fn begin(&mut self, first: Option<(Flow, Event)>, view: &View) -> Result<Said, String> {
         let entered = acquire(&self.plugin)?;
         match entered.instance.open(entered.root, first, view) {
-            Ok(Some((context, paused))) => {
+            Ok(Some((context, said))) => {
                 self.state = State::In(entered, context);
-                Ok(paused)
+                Ok(said)
             }
             Ok(None) => {
                 self.plugin.throttled();
@@ -91,10 +91,15 @@ impl Filter for WasmFilter {
             State::Out => return Action::Continue,
         };
         match said {
-            Ok(false) => Action::Continue,
-            Ok(true) => Action::Pause,
-            Err(reason) => self.without(view, reason),
+            Ok(Said::Continue) => return Action::Continue,
+            Ok(Said::Pause) => return Action::Pause,
+            // It said everything, and failed only in its log or its end.
+            Err(_) if view.is_over() => {}
+            Err(reason) => return self.without(view, reason),
+            Ok(Said::Over) => {}
         }
+        self.state = State::Out;
+        Action::Continue
     }
 
     fn log(&mut self, view: &View) {
