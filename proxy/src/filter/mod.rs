@@ -14,6 +14,7 @@ mod report;
 mod stream;
 #[cfg(test)]
 mod tests;
+mod view;
 pub mod wasm;
 mod way;
 
@@ -24,8 +25,9 @@ pub use info::{ConnectionFacts, FilterState, StaticConnection, StreamInfo};
 pub use local::LocalResponse;
 pub use plugin::{Compiler, FilterError, Plugin, Plugins, Settings};
 pub use report::{Health, StatusRow, prometheus};
-pub(crate) use stream::Next;
-pub use stream::{At, Edits, Facts, Filters, Flow, HeadMut, HeadRef, Rewritten, Stream, View, Which};
+pub use stream::{At, Edits, Filters, Flow, Rewritten, Stream};
+pub(crate) use view::Next;
+pub use view::{Facts, HeadMut, HeadRef, View, Which};
 pub use wasm::{Answer, AnswerBody, CallOut, Outside, connect, release_unused, warm};
 
 /// Bytes that a filter may make of a body, in one write or in many.

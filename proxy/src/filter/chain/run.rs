@@ -9,9 +9,9 @@ use bytes::Bytes;
 use http::{StatusCode, request, response};
 
 use super::super::local::is_grpc;
-use super::super::stream::{At, Data, Next, REQUEST_PSEUDO, RESPONSE_PSEUDO, Slot, Touch, Waiter};
+use super::super::stream::{At, Data, REQUEST_PSEUDO, RESPONSE_PSEUDO, Slot, Touch, Waiter};
 use super::super::way::{End, Way};
-use super::super::{Action, Buffer, Event, Failed, Filter, Flow, LocalResponse, Peer, RequestHead, Stream, View};
+use super::super::{Action, Buffer, Event, Failed, Filter, Flow, LocalResponse, Next, Peer, RequestHead, Stream, View};
 use super::Stop;
 
 enum Step {
@@ -355,15 +355,14 @@ impl Data {
         if !rests {
             return self.conclude(touch);
         }
-        if slot.response.at == At::Headers {
-            // A filter may have said that there is no body.
-            if self.response.as_ref()?.status == StatusCode::NOT_MODIFIED {
-                return None;
-            }
-            self.pass(flow, step, index);
+        let head = slot.response.at == At::Headers;
+        // A filter may have said that there is no body.
+        if head && self.response.as_ref()?.status == StatusCode::NOT_MODIFIED {
+            return None;
+        }
+        self.pass(flow, step, index);
+        if head {
             self.let_go_response()?;
-        } else {
-            self.pass(flow, step, index);
         }
         while let Some((bytes, end)) = self.way(flow).take_rest() {
             self.push(flow, step, bytes, end, false);

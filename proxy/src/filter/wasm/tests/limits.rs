@@ -148,6 +148,28 @@ fn a_trap_in_on_log_disturbs_no_response() {
 }
 
 #[test]
+fn a_trap_in_on_log_disturbs_no_response_that_ended_in_the_same_entry() {
+    let bench = Bench::new();
+    for (log, failures) in [("", 0), ("unreachable", 1)] {
+        let body = format!(
+            r#"(func (export "proxy_on_response_body") (param i32 i32 i32) (result i32) (i32.const 0))
+            (func (export "proxy_on_log") (param i32) {log})"#
+        );
+        let plugins = [bench.plugin(&wat("", &body))];
+        let mut chain = chain(&plugins);
+        assert!(passed(&chain.request_headers(&mut head(), true)));
+        let before = bench.plugins.status()[0].calls;
+        let bytes = bytes::Bytes::from_static(b"hello");
+        assert_eq!(chain.0.response_whole(reply(), bytes.clone(), |_, _| ()), Some(bytes));
+        assert!(!chain.0.stopped() && chain.0.take_response_head().is_some());
+        chain.done();
+        let row = &bench.plugins.status()[0];
+        // Two of the body and one log; not again at the end.
+        assert_eq!((row.failures, row.calls - before), (failures, 3));
+    }
+}
+
+#[test]
 fn c82_wasi_gives_nothing_away() {
     let bench = Bench::new();
     let wasi = |name: &str, params: &str| {
