@@ -100,21 +100,23 @@ class Run:
         got = {n: [] for n in (["direct"] if s.direct else []) + self.names}
         why = {n: no for n in got if (no := s.lacks(peers.ALL[n], self))}
         for rep in range(min(self.a.reps, s.rounds or self.a.reps)):
-            for n in got:
-                if n in why:
-                    continue
+            names = [n for n in got if n not in why]
+            for group in [names] if s.together and names else [[n] for n in names]:
                 if time.time() - self.start > self.a.max_seconds:
-                    self.note("out of time before %s %s rep %d" % (name, n, rep))
+                    self.note("out of time before %s %s rep %d" % (name, "+".join(group), rep))
                     continue
                 try:
-                    r = dict(s.run(self, n), round=rep)
-                    got[n].append(r)
+                    results = s.run(self, group) if s.together else {group[0]: s.run(self, group[0])}
+                except Skip as e:
+                    why |= dict.fromkeys(group, str(e))
+                    continue
+                except (Invalid, OSError, subprocess.TimeoutExpired, ValueError, KeyError) as e:
+                    self.note("%s %s rep %d INVALID: %s" % (name, "+".join(group), rep, ("%s: " % type(e).__name__ if isinstance(e, KeyError) else "") + str(e)[:500]))
+                    continue
+                for n, r in results.items():
+                    got[n].append(dict(r, round=rep))
                     k = next(c for c in s.columns + ["rps"] if c in r)
                     print("%6.0fs %s rep %d %s: %s=%s" % (time.time() - self.start, name, rep, n, k, fmt(r[k])), file=sys.stderr, flush=True)
-                except Skip as e:
-                    why[n] = str(e)
-                except (Invalid, OSError, subprocess.TimeoutExpired, ValueError, KeyError) as e:
-                    self.note("%s %s rep %d INVALID: %s" % (name, n, rep, ("%s: " % type(e).__name__ if isinstance(e, KeyError) else "") + str(e)[:500]))
         pair_ratios(got, self.names, s.ratios)
         numbers = lambda ms: {k: summary([m[k] for m in ms if k in m]) for k in sorted({k for m in ms for k, v in m.items() if isinstance(v, (int, float))})}
         self.results[name] = {n: (dict(numbers(ms), seen=[m["seen"] for m in ms if "seen" in m]) if ms else why.get(n, "no valid result")) for n, ms in got.items()}

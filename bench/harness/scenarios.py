@@ -1,7 +1,9 @@
-"""What is measured: each scenario is f(run, peer's name) -> metrics of one round."""
+"""What is measured: each scenario is f(run, peer's name) -> metrics of one round; or, where peers are measured in turn within a round,
+f(run, names) -> metrics of each."""
 import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 
 from . import Invalid, Skip
 from .check import Counters
@@ -16,13 +18,13 @@ class Scenario:
 
     columns: of the printed table, the first one is what ratios are made of; ratios: further keys to make ratios of;
     direct: "direct" takes part; only: the peers that can; topology and group: what a peer has to support; rounds: at most so many,
-    where one is as good as five.
+    where one is as good as five; together: all peers are run at once.
     """
 
-    def __init__(self, what, run, topology, columns, ratios=(), direct=False, only=None, group=None, needs=(), rounds=None):
+    def __init__(self, what, run, topology, columns, ratios=(), direct=False, only=None, group=None, needs=(), rounds=None, together=False):
         self.what, self.run, self.topology, self.columns = what, run, topology, columns
         self.ratios, self.direct, self.only, self.group, self.needs = [columns[0]] + list(ratios), direct, only, group, needs
-        self.rounds = rounds
+        self.rounds, self.together = rounds, together
 
     def lacks(self, peer, run):
         """Why this peer cannot take part."""
@@ -38,7 +40,7 @@ class Scenario:
 
 WARM = 0.7
 # Of measurements with and without a filter, in one round.
-PAIRS = 10
+PAIRS = 15
 
 
 def closed(topology, **options):
@@ -79,31 +81,34 @@ def websocket(run, name):
     return r
 
 
-def wasm_added(run, name):
-    """Both proxies run side by side and are measured in turn, a short while each, so that what the machine does meanwhile hits both; what a
-    filter adds is the median of their differences: the machine's bad moments are in few of them. At saturation, and at
-    a rate that all keep up with: at saturation the slower of two proxies also has to wake its peers more often, which have less to do."""
-    secs = run.a.secs / 4
+def wasm_added(run, names):
+    """All proxies run side by side, with and without the filter, and are measured in turn, a short while each, so that what the machine does
+    meanwhile hits them all; what a filter adds is the median of the differences: the machine's bad moments are in few of them. At saturation, and
+    at a rate that all keep up with: at saturation the slower of two proxies also has to wake its peers more often, which have less to do."""
+    secs = run.a.secs / 6
     loads = {
         "": lambda s: s.tool("closed", secs, run.a.conns),
         "steady_": lambda s: s.tool("openloop", secs, run.a.conns, rate=STEADY, warmup=0) | {"secs": secs},
     }
-    slices = {(load, side): [] for load in loads for side in ("with", "without")}
-    with Session(run, name, "h1-wasm") as filtered, Session(run, name, "h1-single") as plain:
-        sides = (("without", plain), ("with", filtered))
-        for _, s in sides:
+    topologies = {"without": "h1-single", "with": "h1-wasm"}
+    with ExitStack() as stack:
+        sessions = {(n, side): stack.enter_context(Session(run, n, topology)) for n in names for side, topology in topologies.items()}
+        slices = {(kind, key): [] for kind in loads for key in sessions}
+        for s in sessions.values():
             s.tool("closed", WARM, run.a.conns)
+        turns = list(sessions.items())
         for _ in range(PAIRS):
             for kind, load in loads.items():
-                for side, s in sides:
-                    slices[kind, side].append(s.measured(lambda: load(s))["cpu_us_req"])
-            sides = sides[::-1]
-    r = {}
-    for kind in loads:
-        with_, without = slices[kind, "with"], slices[kind, "without"]
-        r |= {kind + "added_us": statistics.median(a - b for a, b in zip(with_, without)),
-              kind + "with_us": statistics.median(with_), kind + "without_us": statistics.median(without)}
-    return r
+                for key, s in turns:
+                    slices[kind, key].append(s.measured(lambda: load(s))["cpu_us_req"])
+            turns.reverse()
+    results = {n: {} for n in names}
+    for n, r in results.items():
+        for kind in loads:
+            with_, without = slices[kind, (n, "with")], slices[kind, (n, "without")]
+            r |= {kind + "added_us": statistics.median(a - b for a, b in zip(with_, without)),
+                  kind + "with_us": statistics.median(with_), kind + "without_us": statistics.median(without)}
+    return results
 
 
 def conn_rate(group):
@@ -155,7 +160,7 @@ def tcp(topology):
 
 
 def access_log(run, name):
-    """As wasm_added: both modes side by side, in turn."""
+    """Both modes side by side, in turn."""
     slices = {True: [], False: []}
     with Session(run, name, "h1-single", access_log=True) as every, Session(run, name, "h1-single") as errors:
         sides = ((True, every), (False, errors))
@@ -269,7 +274,7 @@ SCENARIOS = {
     "h1-mtls-pair": Scenario("1 KiB GET through both sidecars, mTLS between them", closed("h1-mtls-pair"), "h1-mtls-pair", PAIR),
     "h1-mtls-pair-post16k": Scenario("16 KiB POST, echoed", closed("h1-mtls-pair", post=16384), "h1-mtls-pair", PAIR),
     "h2-mtls-pair": Scenario("1 KiB GET over HTTP/2 all the way", h2, "h2-mtls-pair", PAIR, direct=True),
-    "wasm-added": Scenario("CPU that a Proxy-Wasm filter adds (three header calls)", wasm_added, "h1-wasm", ["added_us", "steady_added_us", "with_us", "without_us", "steady_with_us", "steady_without_us"], ratios=["steady_added_us"], needs=("wasm",), only=("envoy", "outrigger")),
+    "wasm-added": Scenario("CPU that a Proxy-Wasm filter adds (three header calls)", wasm_added, "h1-wasm", ["added_us", "steady_added_us", "with_us", "without_us", "steady_with_us", "steady_without_us"], ratios=["steady_added_us"], needs=("wasm",), only=("envoy", "outrigger"), together=True),
     "wasm-instructions": Scenario("the same in instructions", wasm_instructions, "h1-wasm", ["added_instructions", "with_instructions", "without_instructions"], needs=("wasm", "valgrind"), only=("envoy", "outrigger"), rounds=1),
     "conn-rate-x25519": Scenario("new mTLS connection, one GET", conn_rate("x25519"), "h1-mtls-pair", ["mtls_conn_ms", "plain_conn_ms", "handshake_net_ms", "mtls_conn_per_s", "proxy_core_util", "others_on_core"], group="x25519"),
     "conn-rate-x25519mlkem768": Scenario("new mTLS connection with hybrid key exchange, one GET", conn_rate("x25519mlkem768"), "h1-mtls-pair", ["mtls_conn_ms", "mtls_conn_per_s", "proxy_core_util", "others_on_core"], group="x25519mlkem768"),

@@ -1,8 +1,9 @@
 //! The guest's callbacks, looked up once per instance.
 
-use wasmtime::{Instance as WasmInstance, Store, TypedFunc, WasmParams, WasmResults};
+use wasmtime::{Instance as WasmInstance, Store};
 
 use super::super::{Event, Flow, View, Which};
+use super::entry::{Answer, Callback, Params};
 use super::host::{Host, Phase};
 use super::{headers, trace};
 
@@ -10,8 +11,8 @@ type Ids = (u32, u32);
 
 /// Headers callbacks by the type that the module exports: ABI 0.1.0, and some modules that only say so, know no `end_of_stream`.
 pub(super) enum OnHeaders {
-    Short(TypedFunc<Ids, u32>),
-    Long(TypedFunc<(u32, u32, u32), u32>),
+    Short(Callback<Ids, u32>),
+    Long(Callback<(u32, u32, u32), u32>),
 }
 
 impl OnHeaders {
@@ -23,38 +24,38 @@ impl OnHeaders {
     }
 }
 
-type OnBody = TypedFunc<(u32, u32, u32), u32>;
+type OnBody = Callback<(u32, u32, u32), u32>;
 
 /// What comes to a stream context in one direction.
 #[derive(Default)]
 pub(super) struct Direction {
     pub(super) headers: Option<OnHeaders>,
     pub(super) body: Option<OnBody>,
-    pub(super) trailers: Option<TypedFunc<Ids, u32>>,
+    pub(super) trailers: Option<Callback<Ids, u32>>,
     /// TCP: bytes
     pub(super) data: Option<OnBody>,
     /// TCP: the sending side is gone
-    pub(super) closed: Option<TypedFunc<Ids, ()>>,
+    pub(super) closed: Option<Callback<Ids>>,
 }
 
 /// All of them; `None`: the module does not export it.
 pub(super) struct Callbacks {
-    pub(super) create: Option<TypedFunc<Ids, ()>>,
-    pub(super) vm_start: Option<TypedFunc<Ids, u32>>,
-    pub(super) configure: Option<TypedFunc<Ids, u32>>,
-    pub(super) connection: Option<TypedFunc<u32, u32>>,
+    pub(super) create: Option<Callback<Ids>>,
+    pub(super) vm_start: Option<Callback<Ids, u32>>,
+    pub(super) configure: Option<Callback<Ids, u32>>,
+    pub(super) connection: Option<Callback<u32, u32>>,
     pub(super) request: Direction,
     pub(super) response: Direction,
-    pub(super) done: Option<TypedFunc<u32, u32>>,
-    pub(super) log: Option<TypedFunc<u32, ()>>,
-    pub(super) delete: Option<TypedFunc<u32, ()>>,
+    pub(super) done: Option<Callback<u32, u32>>,
+    pub(super) log: Option<Callback<u32>>,
+    pub(super) delete: Option<Callback<u32>>,
     pub(super) root: RootCallbacks,
 }
 
 /// Callbacks of root contexts, but their start and end.
 pub(super) struct RootCallbacks {
-    pub(super) tick: Option<TypedFunc<u32, ()>>,
-    pub(super) queue_ready: Option<TypedFunc<Ids, ()>>,
+    pub(super) tick: Option<Callback<u32>>,
+    pub(super) queue_ready: Option<Callback<Ids>>,
     pub(super) http_answer: Option<OnAnswer>,
     pub(super) grpc_initial: Option<OnGrpc>,
     pub(super) grpc_message: Option<OnGrpc>,
@@ -62,19 +63,19 @@ pub(super) struct RootCallbacks {
     pub(super) grpc_close: Option<OnGrpc>,
 }
 
-type OnGrpc = TypedFunc<(u32, u32, u32), ()>;
-type OnAnswer = TypedFunc<(u32, u32, u32, u32, u32), ()>;
+type OnGrpc = Callback<(u32, u32, u32)>;
+type OnAnswer = Callback<(u32, u32, u32, u32, u32)>;
 
-fn find<P: WasmParams, R: WasmResults>(
+fn find<P: Params, R: Answer>(
     store: &mut Store<Host>,
     instance: &WasmInstance,
     name: &str,
-) -> wasmtime::Result<Option<TypedFunc<P, R>>> {
+) -> wasmtime::Result<Option<Callback<P, R>>> {
     let Some(mut function) = instance.get_func(&mut *store, name) else { return Ok(None) };
     if store.data().spec.trace {
         function = trace::callback(store, name, function);
     }
-    function.typed(store).map(Some)
+    Callback::new(store, function).map(Some)
 }
 
 impl Callbacks {

@@ -200,12 +200,8 @@ pub(super) fn size<H: Head>(head: &H) -> usize {
 }
 
 /// Whether so many bytes more are within the block's limit.
-fn admit<H: Head>(head: &H, edits: &mut Edits, more: usize) -> Reply {
-    if edits.written + more > BLOCK / 2 && size(head) + more > BLOCK {
-        return Err(Status::BadArgument);
-    }
-    edits.written += more;
-    Ok(())
+fn has_room<H: Head>(head: &H, edits: &Edits, more: usize) -> bool {
+    edits.written + more <= BLOCK / 2 || size(head) + more <= BLOCK
 }
 
 /// Index of a pseudo header, with `host` as another name of `:authority`.
@@ -260,12 +256,8 @@ pub(super) fn add<H: Head>(head: &mut H, edits: &mut Edits, key: &[u8], value: &
     if let Some(index) = pseudo_index::<H>(key) {
         return replace_pseudo(head, edits, index, value);
     }
-    let (name, value) = (name_of(key)?, value_of(value)?);
-    if is_framing(&name) {
-        return Err(Status::BadArgument);
-    }
-    admit(head, edits, name.as_str().len() + value.len())?;
-    head.fields_mut().try_append(name, value).map(drop).map_err(|_| Status::BadArgument)
+    let room = has_room(head, edits, key.len() + value.len());
+    append(head.fields_mut(), edits, (key, value), room)
 }
 
 /// Replaces every value of a key, or adds it.
@@ -273,13 +265,34 @@ pub(super) fn replace<H: Head>(head: &mut H, edits: &mut Edits, key: &[u8], valu
     if let Some(index) = pseudo_index::<H>(key) {
         return replace_pseudo(head, edits, index, value);
     }
-    let (name, value) = (name_of(key)?, value_of(value)?);
-    let same = head.fields().get(&name) == Some(&value);
-    if is_framing(&name) {
-        return if same { Ok(()) } else { Err(Status::BadArgument) };
+    let room = has_room(head, edits, key.len() + value.len());
+    insert(head.fields_mut(), edits, (key, value), room)
+}
+
+// Compiled once, not for each kind of head: a filter that writes to both heads has it fetched once.
+#[inline(never)]
+fn append(fields: &mut HeaderMap, edits: &mut Edits, (key, value): Pair<'_>, room: bool) -> Reply {
+    let (name, field) = (name_of(key)?, value_of(value)?);
+    if is_framing(&name) || !room {
+        return Err(Status::BadArgument);
     }
-    admit(head, edits, name.as_str().len() + value.len())?;
-    head.fields_mut().try_insert(name, value).map(drop).map_err(|_| Status::BadArgument)
+    fields.try_append(name, field).map_err(|_| Status::BadArgument)?;
+    edits.written += key.len() + value.len();
+    Ok(())
+}
+
+#[inline(never)]
+fn insert(fields: &mut HeaderMap, edits: &mut Edits, (key, value): Pair<'_>, room: bool) -> Reply {
+    let (name, field) = (name_of(key)?, value_of(value)?);
+    if is_framing(&name) {
+        return if fields.get(&name) == Some(&field) { Ok(()) } else { Err(Status::BadArgument) };
+    }
+    if !room {
+        return Err(Status::BadArgument);
+    }
+    fields.try_insert(name, field).map_err(|_| Status::BadArgument)?;
+    edits.written += key.len() + value.len();
+    Ok(())
 }
 
 fn replace_pseudo<H: Head>(head: &mut H, edits: &mut Edits, index: usize, value: &[u8]) -> Reply {

@@ -7,10 +7,11 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use wasmtime::{Instance as WasmInstance, InstancePre, Store, Trap, TypedFunc, UpdateDeadline, WasmBacktrace};
+use wasmtime::{Instance as WasmInstance, InstancePre, Store, Trap, UpdateDeadline, WasmBacktrace};
 
 use super::super::{Event, Flow, Next, View};
 use super::callbacks::Callbacks;
+use super::entry::Callback;
 use super::host::{Context, Counters, End, Host, Phase, Root, Spec};
 use super::outside::Tasks;
 use super::ticker::{Ticker, Watch};
@@ -221,7 +222,7 @@ impl Instance {
                 Err(failure) => Err(Failure { message: format!("{name}: {}", failure.message), ..*failure }),
             }
         };
-        let accepts = |callback: &Option<TypedFunc<(u32, u32), u32>>, store: &mut Store<Host>, bytes: &[u8]| {
+        let accepts = |callback: &Option<Callback<(u32, u32), u32>>, store: &mut Store<Host>, bytes: &[u8]| {
             callback.as_ref().map_or(Ok(true), |callback| Ok(callback.call(store, (id, size(bytes)))? != 0))
         };
         step("proxy_on_context_create", Phase::Root, &|store, callbacks| {
@@ -447,9 +448,10 @@ fn backtrace(error: &wasmtime::Error) -> String {
 /// Caches what host functions need of the instance.
 fn adopt(store: &mut Store<Host>, instance: &WasmInstance) -> wasmtime::Result<()> {
     let memory = instance.get_memory(&mut *store, "memory");
-    let allocator = ["proxy_on_memory_allocate", "malloc"]
-        .into_iter()
-        .find_map(|name| instance.get_typed_func::<u32, u32>(&mut *store, name).ok());
+    let allocator = ["proxy_on_memory_allocate", "malloc"].into_iter().find_map(|name| {
+        let function = instance.get_func(&mut *store, name)?;
+        Callback::new(store, function).ok()
+    });
     let host = store.data_mut();
     host.memory = memory;
     host.allocator = allocator;

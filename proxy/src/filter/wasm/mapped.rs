@@ -1,4 +1,4 @@
-//! Maps compiled modules. The only unsafe code of the filter host.
+//! Maps compiled modules. With the way into guests, the only unsafe code of the filter host.
 #![allow(unsafe_code)]
 
 use std::path::Path;

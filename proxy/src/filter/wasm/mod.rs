@@ -13,6 +13,7 @@ pub(super) mod clock;
 mod contexts;
 mod counting;
 mod engine;
+mod entry;
 mod foreign;
 mod headers;
 mod host;
