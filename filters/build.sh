@@ -15,6 +15,8 @@ assemblyscript=0.28.20
 cache="${XDG_CACHE_HOME:-$HOME/.cache}/outrigger"
 out="${OUTRIGGER_FILTERS_DIR:-$cache/filters}"
 quiet="${OUTRIGGER_BUILD_QUIET---quiet}"
+# What is not finished has this process' name: others may be building the same.
+trap 'rm -f "$out"/.*."$$".*' EXIT
 
 say() { echo "==> $*"; }
 fail() {
@@ -29,8 +31,8 @@ need() {
 
 # finish FROM NAME: a rename, so that a proxy that watches the file never sees half of it.
 finish() {
-    cp "$1" "$out/$2.new"
-    mv "$out/$2.new" "$out/$2"
+    cp "$1" "$out/.$2.$$.new"
+    mv "$out/.$2.$$.new" "$out/$2"
     say "built $out/$2 ($(wc -c <"$out/$2" | awk '{ printf "%.1f KiB", $1 / 1024 }'))"
 }
 
@@ -115,9 +117,9 @@ build_assemblyscript() {
     else
         compiler=$(asc)
     fi
-    (cd "$1" && node "$compiler" assembly/index.ts --config asconfig.json --outFile "$out/.$2.tmp")
-    finish "$out/.$2.tmp" "$2"
-    rm -f "$out/.$2.tmp"
+    (cd "$1" && node "$compiler" assembly/index.ts --config asconfig.json --outFile "$out/.$2.$$.tmp")
+    finish "$out/.$2.$$.tmp" "$2"
+    rm -f "$out/.$2.$$.tmp"
 }
 
 compile_c() {
@@ -131,9 +133,9 @@ compile_c() {
 
 build_c() {
     say "building $1 (C)"
-    compile_c "$out/.$2.tmp" "$1"/*.c
-    finish "$out/.$2.tmp" "$2"
-    rm -f "$out/.$2.tmp"
+    compile_c "$out/.$2.$$.tmp" "$1"/*.c
+    finish "$out/.$2.$$.tmp" "$2"
+    rm -f "$out/.$2.$$.tmp"
 }
 
 # What is in a directory: rust, assemblyscript, c, or nothing.
