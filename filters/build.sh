@@ -119,7 +119,6 @@ build_assemblyscript() {
     fi
     (cd "$1" && node "$compiler" assembly/index.ts --config asconfig.json --outFile "$out/.$2.$$.tmp")
     finish "$out/.$2.$$.tmp" "$2"
-    rm -f "$out/.$2.$$.tmp"
 }
 
 compile_c() {
@@ -135,7 +134,6 @@ build_c() {
     say "building $1 (C)"
     compile_c "$out/.$2.$$.tmp" "$1"/*.c
     finish "$out/.$2.$$.tmp" "$2"
-    rm -f "$out/.$2.$$.tmp"
 }
 
 # What is in a directory: rust, assemblyscript, c, or nothing.

@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // helpers of tests
 
 use std::net::SocketAddr;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::{Command, Output};
 
@@ -347,4 +348,27 @@ fn bench_measures_beside_an_empty_filter_and_a_baseline() {
     assert!(!trap.status.success() && text(&trap.stderr).contains("the filter failed"), "{trap:?}");
     let no = filter(directory.path(), &["bench", "f.wasm", "--baseline", "f.wasm"]);
     assert!(!no.status.success() && text(&no.stderr).contains("not what --save writes"), "{no:?}");
+}
+
+#[test]
+fn a_build_within_a_build_takes_nothing_of_it() {
+    let directory = TempDir::new().unwrap();
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
+    let path = std::env::var("PATH").unwrap();
+    let out = directory.path().join("filters");
+    // Once the compiler has written its result, another build of the same runs from its beginning to its end.
+    let compiler = format!("#!/bin/sh -e\nPATH='{path}'\nclang \"$@\"\nexec filters/build.sh filters/maintenance\n");
+    let shim = directory.path().join("clang");
+    std::fs::write(&shim, compiler).unwrap();
+    std::fs::set_permissions(&shim, PermissionsExt::from_mode(0o755)).unwrap();
+    let built = Command::new("filters/build.sh")
+        .arg("filters/maintenance")
+        .current_dir(root)
+        .env("PATH", format!("{}:{path}", directory.path().display()))
+        .env("OUTRIGGER_FILTERS_DIR", &out)
+        .output()
+        .unwrap();
+    assert!(built.status.success(), "{built:?}");
+    let names: Vec<_> = std::fs::read_dir(&out).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    assert_eq!(names, ["maintenance.wasm"]);
 }

@@ -11,30 +11,28 @@ use wasmtime::{AsContextMut, Func, Store, StoreContextMut, ValRaw, WasmParams, W
 use super::host::Host;
 
 /// Parameters: one or more words of 32 bits.
-pub(super) trait Params: WasmParams {
+///
+/// # Safety
+/// The words are those of the type as `wasmtime` knows it, in order.
+pub(super) unsafe trait Params: WasmParams {
     type Words: AsMut<[ValRaw]>;
     fn words(self) -> Self::Words;
 }
 
 /// A result: a word of 32 bits, or nothing.
-pub(super) trait Answer: WasmResults {
+///
+/// # Safety
+/// Nothing longer.
+pub(super) unsafe trait Answer: WasmResults {
     fn of(words: &[ValRaw]) -> Self;
 }
 
 /// A guest's function, of a type that was checked once.
-#[derive(Debug)]
+#[derive(Debug, Clone, Copy)]
 pub(super) struct Callback<P, R = ()> {
     function: Func,
     ty: PhantomData<fn(P) -> R>,
 }
-
-impl<P, R> Clone for Callback<P, R> {
-    fn clone(&self) -> Self {
-        *self
-    }
-}
-
-impl<P, R> Copy for Callback<P, R> {}
 
 impl<P: Params, R: Answer> Callback<P, R> {
     /// A function as a callback of this type.
@@ -65,7 +63,8 @@ unsafe fn enter(store: StoreContextMut<'_, Host>, function: Func, words: &mut [V
 
 macro_rules! params {
     ($($type:ty, $count:literal, $params:pat => $($word:ident),*;)*) => {$(
-        impl Params for $type {
+        // SAFETY: a word for each of the type's.
+        unsafe impl Params for $type {
             type Words = [ValRaw; $count];
 
             fn words(self) -> Self::Words {
@@ -83,11 +82,13 @@ params! {
     (u32, u32, u32, u32, u32), 5, (a, b, c, d, e) => a, b, c, d, e;
 }
 
-impl Answer for () {
+// SAFETY: nothing.
+unsafe impl Answer for () {
     fn of(_: &[ValRaw]) -> Self {}
 }
 
-impl Answer for u32 {
+// SAFETY: one word.
+unsafe impl Answer for u32 {
     fn of(words: &[ValRaw]) -> Self {
         words.first().map_or(0, ValRaw::get_u32)
     }

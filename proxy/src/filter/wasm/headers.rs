@@ -257,7 +257,7 @@ pub(super) fn add<H: Head>(head: &mut H, edits: &mut Edits, key: &[u8], value: &
         return replace_pseudo(head, edits, index, value);
     }
     let room = has_room(head, edits, key.len() + value.len());
-    append(head.fields_mut(), edits, (key, value), room)
+    write(head.fields_mut(), edits, (key, value), room, false)
 }
 
 /// Replaces every value of a key, or adds it.
@@ -266,31 +266,26 @@ pub(super) fn replace<H: Head>(head: &mut H, edits: &mut Edits, key: &[u8], valu
         return replace_pseudo(head, edits, index, value);
     }
     let room = has_room(head, edits, key.len() + value.len());
-    insert(head.fields_mut(), edits, (key, value), room)
+    write(head.fields_mut(), edits, (key, value), room, true)
 }
 
-// Compiled once, not for each kind of head: a filter that writes to both heads has it fetched once.
+/// Writes a field. Compiled once, not for each kind of head: a filter that writes to both has it fetched once.
 #[inline(never)]
-fn append(fields: &mut HeaderMap, edits: &mut Edits, (key, value): Pair<'_>, room: bool) -> Reply {
+fn write(fields: &mut HeaderMap, edits: &mut Edits, (key, value): Pair<'_>, room: bool, replaces: bool) -> Reply {
     let (name, field) = (name_of(key)?, value_of(value)?);
-    if is_framing(&name) || !room {
-        return Err(Status::BadArgument);
-    }
-    fields.try_append(name, field).map_err(|_| Status::BadArgument)?;
-    edits.written += key.len() + value.len();
-    Ok(())
-}
-
-#[inline(never)]
-fn insert(fields: &mut HeaderMap, edits: &mut Edits, (key, value): Pair<'_>, room: bool) -> Reply {
-    let (name, field) = (name_of(key)?, value_of(value)?);
+    let full = |_| Status::BadArgument;
     if is_framing(&name) {
-        return if fields.get(&name) == Some(&field) { Ok(()) } else { Err(Status::BadArgument) };
+        let same = replaces && fields.get(&name) == Some(&field);
+        return if same { Ok(()) } else { Err(Status::BadArgument) };
     }
     if !room {
         return Err(Status::BadArgument);
     }
-    fields.try_insert(name, field).map_err(|_| Status::BadArgument)?;
+    if replaces {
+        fields.try_insert(name, field).map_err(full)?;
+    } else {
+        fields.try_append(name, field).map_err(full)?;
+    }
     edits.written += key.len() + value.len();
     Ok(())
 }

@@ -341,7 +341,7 @@ impl Host {
     }
 
     /// Begins a callback of a context of the plugin `root`.
-    #[inline(never)] // Seven times per request: fetched once.
+    #[inline(never)] // Of all callbacks of a request: fetched once.
     pub(super) fn callback(&mut self, context: u32, root: usize, phase: Phase) {
         self.root = root;
         self.current = context;
