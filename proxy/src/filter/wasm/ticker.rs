@@ -2,15 +2,15 @@
 //!
 //! Each thread that calls guests owns a slot: a counter that is odd while a call is in flight. One ticker thread looks at the
 //! slots every few milliseconds, every millisecond while it finds calls in flight, and moves the engine's epoch on only when some
-//! slot is still in the call it was in a tick ago, so a call that ends in time costs three stores and no clock is read. With no calls
-//! at all the ticker sleeps until one begins.
+//! slot is still in the call it was in a tick ago, so a call that ends in time costs three stores and no clock is read. Where no call
+//! has taken long for a while it looks less often; with no calls at all it sleeps until one begins.
 //!
 //! What a look finds in a call is taken to have been in it since the look before: over many calls that is the time they took, and it costs
 //! them nothing.
 
 use std::collections::HashMap;
 use std::marker::PhantomData;
-use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 use std::thread::Thread;
 use std::time::{Duration, Instant};
@@ -21,11 +21,15 @@ use wasmtime::{Engine, EngineWeak};
 pub(super) const TICK: Duration = Duration::from_millis(1);
 /// Its period otherwise. A thread of the proxy's own that wakes each millisecond costs as much as what short calls do.
 const CALM: Duration = Duration::from_millis(4);
-/// Looks without any call after which the ticker sleeps.
-const IDLE_TICKS: u32 = 16;
+/// Its period after [`TRUST`] looks at calls none of which took long: to wake takes 20 µs of CPU or more, as much as several requests' filters.
+const EASY: Duration = Duration::from_millis(16);
+/// About a second.
+const TRUST: u32 = 250;
+/// Time without any call after which the ticker sleeps.
+const IDLE: Duration = Duration::from_millis(64);
 
 /// Longest time that one look stands for: who sleeps longer saw less.
-const MOST: Duration = Duration::from_millis(10);
+const MOST: Duration = Duration::from_millis(20);
 
 /// A thread's counter of calls and the meter of the last one, alone on its cache line.
 #[derive(Debug, Default)]
@@ -89,10 +93,12 @@ struct Watched {
 }
 
 /// Handle of the ticker thread; the thread ends with the engine.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(super) struct Ticker {
     slots: Mutex<Vec<Watched>>,
     meters: Mutex<HashMap<u64, Weak<Meter>>>,
+    /// Looks at calls, none of which took long, since the last one that did or a new instance
+    calm: AtomicU32,
     asleep: AtomicBool,
     thread: OnceLock<Thread>,
 }
@@ -100,12 +106,7 @@ pub(super) struct Ticker {
 impl Ticker {
     /// Starts the thread.
     pub(super) fn start(engine: &Engine) -> std::io::Result<Arc<Self>> {
-        let ticker = Arc::new(Self {
-            slots: Mutex::default(),
-            meters: Mutex::default(),
-            asleep: AtomicBool::new(false),
-            thread: OnceLock::new(),
-        });
+        let ticker = Arc::new(Self::default());
         let weak = Arc::downgrade(&ticker);
         let engine = engine.weak();
         let handle = std::thread::Builder::new()
@@ -128,17 +129,19 @@ impl Ticker {
         let mut meters = self.meters.lock().unwrap_or_else(PoisonError::into_inner);
         meters.retain(|_, meter| meter.strong_count() > 0);
         meters.insert(meter.id, Arc::downgrade(meter));
+        self.calm.store(0, Ordering::Relaxed);
     }
 
-    /// Gives every meter the time that passed. True: some instance has to wait.
-    fn count(&self, passed: Duration, busy: &[u64]) -> bool {
+    /// Gives every meter the time that passed. True: some instance has to wait. Also says whether there is a limit to any one's share.
+    fn count(&self, passed: Duration, busy: &[u64]) -> (bool, bool) {
         let meters = self.meters.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut over = false;
+        let (mut over, mut limited) = (false, false);
         for meter in meters.values().filter_map(Weak::upgrade) {
             meter.pass(passed, busy.contains(&meter.id));
             over |= meter.over();
+            limited |= meter.share != 0;
         }
-        over
+        (over, limited)
     }
 
     /// True: some thread is in the same call as a tick ago. Also says whether there was any call since. `busy`: whose calls they are.
@@ -160,36 +163,80 @@ impl Ticker {
     }
 }
 
+/// What the thread knows from one look to the next.
+struct Looks {
+    last: Instant,
+    /// Time without any call
+    idle: Duration,
+    /// Whose calls the last one found
+    busy: Vec<u64>,
+}
+
+impl Looks {
+    fn new(now: Instant) -> Self {
+        Self { last: now, idle: Duration::ZERO, busy: Vec::new() }
+    }
+
+    fn passed(&mut self, now: Instant) -> Duration {
+        now.saturating_duration_since(std::mem::replace(&mut self.last, now))
+    }
+
+    /// True: a call takes long. And when to look again; `None`: when one begins.
+    fn look(&mut self, ticker: &Ticker, now: Instant) -> (bool, Option<Duration>) {
+        let (stuck, active) = ticker.look(&mut self.busy);
+        let passed = self.passed(now);
+        let (over, limited) = ticker.count(passed, &self.busy);
+        // What one look stands for must be little beside what an instance may use.
+        let calm = if stuck || limited {
+            ticker.calm.store(0, Ordering::Relaxed);
+            0
+        } else {
+            let looks = u32::from(active);
+            ticker.calm.fetch_add(looks, Ordering::Relaxed).wrapping_add(looks)
+        };
+        let rest = match calm {
+            _ if !self.busy.is_empty() => TICK,
+            TRUST.. => EASY,
+            _ => CALM,
+        };
+        self.idle = if active || over { Duration::ZERO } else { self.idle + passed };
+        (stuck, (self.idle < IDLE).then_some(rest))
+    }
+
+    /// It has slept, and was woken by a call or not. That call is what it finds in flight: nobody was in one before.
+    fn slept(&mut self, ticker: &Ticker, now: Instant, woken: bool) {
+        let passed = self.passed(now);
+        ticker.count(passed, &[]);
+        // Nobody woke it: one look, and it sleeps again.
+        self.idle = if woken { Duration::ZERO } else { IDLE };
+    }
+}
+
 fn run(weak: &Weak<Ticker>, engine: &EngineWeak) {
-    let (mut idle, mut busy, mut last) = (0, Vec::new(), Instant::now());
+    let mut looks = Looks::new(Instant::now());
     while let Some(ticker) = weak.upgrade() {
-        let (stuck, active) = ticker.look(&mut busy);
-        let now = Instant::now();
-        let over = ticker.count(now.saturating_duration_since(std::mem::replace(&mut last, now)), &busy);
+        let (stuck, rest) = looks.look(&ticker, Instant::now());
         if stuck {
             let Some(engine) = engine.upgrade() else { return };
             engine.increment_epoch();
         }
-        idle = if active || over { 0 } else { idle + 1 };
-        if idle < IDLE_TICKS {
+        if let Some(rest) = rest {
             drop(ticker);
-            std::thread::sleep(if busy.is_empty() { CALM } else { TICK });
+            std::thread::sleep(rest);
             continue;
         }
         ticker.asleep.store(true, Ordering::SeqCst);
         // A call that began before the flag was up did not wake us: look once more.
-        if ticker.look(&mut busy).1 {
+        if ticker.look(&mut looks.busy).1 {
             ticker.asleep.store(false, Ordering::SeqCst);
-        }
-        idle = 0;
-        if ticker.asleep.load(Ordering::SeqCst) {
+        } else {
             drop(ticker);
             // Bounded, so that the thread ends soon after its engine.
             std::thread::park_timeout(Duration::from_secs(1));
-            // Nobody woke it: one look, and it sleeps again.
-            let undisturbed = weak.upgrade().is_some_and(|ticker| ticker.asleep.load(Ordering::SeqCst));
-            idle = if undisturbed { IDLE_TICKS - 1 } else { 0 };
         }
+        let Some(ticker) = weak.upgrade() else { return };
+        let woken = !ticker.asleep.load(Ordering::SeqCst);
+        looks.slept(&ticker, Instant::now(), woken);
     }
 }
 
@@ -285,6 +332,82 @@ fn thread_cpu_time() -> Duration {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// A ticker without its thread, a clock that is turned by hand, and a thread that calls guests.
+    struct Desk {
+        ticker: Arc<Ticker>,
+        watch: Watch,
+        looks: Looks,
+        now: Instant,
+    }
+
+    impl Desk {
+        fn new(meter: &Arc<Meter>) -> Self {
+            let (ticker, now) = (Arc::new(Ticker::default()), Instant::now());
+            ticker.watch(meter);
+            let watch = Watch::of(&ticker).unwrap();
+            Self { ticker, watch, looks: Looks::new(now), now }
+        }
+
+        /// A look so much later.
+        fn look(&mut self, later: Duration) -> (bool, Option<Duration>) {
+            self.now += later;
+            self.looks.look(&self.ticker, self.now)
+        }
+
+        /// So many looks, each with a short call since the one before: the last one's rest.
+        fn calm(&mut self, looks: u32, meter: &Meter) -> Option<Duration> {
+            let look = |_| {
+                drop(self.watch.enter(meter));
+                self.look(CALM)
+            };
+            (0..looks).map(look).last()?.1
+        }
+    }
+
+    #[test]
+    fn it_looks_less_often_where_calls_are_short() {
+        let meter = Meter::new(0);
+        let mut desk = Desk::new(&meter);
+        assert_eq!(desk.calm(TRUST - 1, &meter), Some(CALM));
+        assert_eq!(desk.calm(1, &meter), Some(EASY));
+        assert_eq!(desk.look(EASY), (false, Some(EASY)), "without a call there is nothing to learn");
+        {
+            let watch = Watch::of(&desk.ticker).unwrap();
+            let _in_call = watch.enter(&meter);
+            assert_eq!(desk.look(EASY), (false, Some(TICK)), "this may be one that takes long");
+            assert_eq!(desk.look(TICK), (true, Some(TICK)));
+        }
+        assert_eq!(desk.look(TICK), (false, Some(CALM)));
+        assert_eq!(desk.calm(TRUST, &meter), Some(EASY));
+        desk.ticker.watch(&Meter::new(0));
+        assert_eq!(desk.calm(1, &meter), Some(CALM), "a new instance is not known yet");
+        let limited = Meter::new(10_000);
+        let mut desk = Desk::new(&limited);
+        assert_eq!(desk.calm(TRUST * 2, &limited), Some(CALM));
+        assert!(!limited.over());
+    }
+
+    #[test]
+    fn it_sleeps_without_calls_and_what_wakes_it_is_not_charged_for_the_time_before() {
+        let meter = Meter::new(10_000);
+        let mut desk = Desk::new(&meter);
+        desk.calm(1, &meter);
+        let looks = (1..100).find(|_| desk.look(CALM).1.is_none());
+        assert_eq!(looks.map(|looks| CALM * looks), Some(IDLE));
+        let watch = Watch::of(&desk.ticker).unwrap();
+        for _ in 0..100 {
+            let _in_call = watch.enter(&meter);
+            desk.now += Duration::from_millis(200);
+            desk.looks.slept(&desk.ticker, desk.now, true);
+            assert_eq!(desk.look(Duration::from_micros(20)), (false, Some(TICK)));
+        }
+        assert_eq!(meter.used(), Duration::from_micros(20) * 100);
+        assert!(!meter.over());
+        desk.looks.slept(&desk.ticker, desk.now, false);
+        desk.look(TICK);
+        assert_eq!(desk.look(TICK).1, Some(CALM), "calls have ended since");
+    }
 
     #[test]
     fn a_share_is_used_up_and_comes_back() {
