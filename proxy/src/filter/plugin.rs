@@ -226,7 +226,6 @@ pub struct Plugins {
     runtime: OnceLock<Arc<Runtime>>,
     starting: Mutex<()>,
     known: Mutex<HashMap<(String, String), Known>>,
-    next: AtomicU64,
 }
 
 #[derive(Debug, Default)]
@@ -263,7 +262,7 @@ impl Plugins {
         Cache::prepare(&cache)?;
         let hollow = hollow.iter().map(|name| (*name).to_owned()).collect();
         let (runtime, starting, known) = (OnceLock::new(), Mutex::default(), Mutex::default());
-        Ok(Self { compiler, cache, hollow, trace, runtime, starting, known, next: AtomicU64::new(1) })
+        Ok(Self { compiler, cache, hollow, trace, runtime, starting, known })
     }
 
     fn runtime(&self) -> Result<&Arc<Runtime>, FilterError> {
@@ -315,6 +314,8 @@ impl Plugins {
     }
 
     async fn prepare_new(&self, spec: &mesh::Filter, module: Option<Bytes>) -> Result<Arc<Plugin>, FilterError> {
+        // Of the process: a worker finds its instance by it, whoever prepared the filter.
+        static NEXT: AtomicU64 = AtomicU64::new(1);
         let (runtime, source) = (Arc::clone(self.runtime()?), spec.clone());
         runtime.fill(&self.compiler, &spec.sha256, module).await?;
         let ready = tokio::task::spawn_blocking(move || runtime.ready(&source))
@@ -323,7 +324,7 @@ impl Plugins {
         let or = |value: u64, default: u64| Duration::from_millis(if value == 0 { default } else { value });
         let restart = Restart::new(or(spec.backoff_ms, BACKOFF), or(spec.max_backoff_ms, MAX_BACKOFF));
         Ok(Arc::new(Plugin {
-            id: self.next.fetch_add(1, Ordering::Relaxed),
+            id: NEXT.fetch_add(1, Ordering::Relaxed),
             ready,
             source: spec.clone(),
             failures: AtomicU64::new(0),

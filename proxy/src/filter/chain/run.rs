@@ -46,6 +46,7 @@ impl Stream {
     }
 
     /// Moves everything of a direction as far as it goes.
+    #[inline(never)] // Of both directions: fetched once.
     pub(super) fn advance(self: &Rc<Self>, flow: Flow) {
         let mut data = self.data();
         if !data.way(flow).begun {

@@ -282,48 +282,25 @@ impl Instance {
         inner.store.data().roots.get(root).map(|root| root.id).filter(|id| *id != 0)
     }
 
-    /// Makes a stream context and tells it what comes `first`, if anything does; its id, and whether it pauses. `None`: the plugin has
-    /// used up its share of the worker's time.
-    pub(super) fn open(
+    /// Something comes to a stream's context, and what follows while it goes on. Nothing happens where the guest has no callback for it. A stream
+    /// that has no context yet gets one: its id is in the answer. `None`: it does not, as the plugin has used up its share of the worker's time.
+    pub(super) fn on(
         &self,
-        root: usize,
-        first: Option<(Flow, Event)>,
+        (context, root): (Option<u32>, usize),
+        what: Option<(Flow, Event)>,
         view: &View,
     ) -> Result<Option<(u32, Said)>, Box<Failure>> {
         self.enter(root, Some(view.clone()), |store, callbacks| {
-            let host = store.data_mut();
-            if host.meter(Some(root)).over() {
-                return Ok(None);
-            }
-            let stream = Some((Rc::downgrade(&view.stream), view.index));
-            let context = host.contexts.add(Context { root, stream });
-            let mut parent = 0;
-            if let Some(root) = host.roots.get(root) {
-                Counters::bump(&root.counters.requests, 1);
-                parent = root.id;
-            }
-            host.callback(context, root, Phase::Stream);
-            if let Some(create) = &callbacks.create {
-                create.call(&mut *store, (context, parent))?;
-            }
-            let said = match first {
+            let context = match context {
+                Some(context) => context,
+                None if store.data().meter(Some(root)).over() => return Ok(None),
+                None => open(store, callbacks, root, view)?,
+            };
+            let said = match what {
                 Some((flow, event)) => on(store, callbacks, (context, root), flow, event, view)?,
                 None => Said::Continue,
             };
             Ok(Some((context, said)))
-        })
-    }
-
-    /// Something comes to a stream context, and what follows while it goes on. Nothing happens where the guest has no callback for it.
-    pub(super) fn on(
-        &self,
-        (context, root): (u32, usize),
-        flow: Flow,
-        event: Event,
-        view: &View,
-    ) -> Result<Said, Box<Failure>> {
-        self.enter(root, Some(view.clone()), |store, callbacks| {
-            on(store, callbacks, (context, root), flow, event, view)
         })
     }
 
@@ -338,6 +315,21 @@ impl Instance {
             end(store, callbacks, (context, root), view.is_tcp(), logs)
         })
     }
+}
+
+/// Makes a stream's context.
+fn open(store: &mut Store<Host>, callbacks: &Callbacks, root: usize, view: &View) -> wasmtime::Result<u32> {
+    let host = store.data_mut();
+    let stream = Some((Rc::downgrade(&view.stream), view.index));
+    let context = host.contexts.add(Context { root, stream });
+    let mut parent = 0;
+    if let Some(root) = host.roots.get(root) {
+        Counters::bump(&root.counters.requests, 1);
+        parent = root.id;
+    }
+    host.callback(context, root, Phase::Stream);
+    callbacks.create.as_ref().map_or(Ok(()), |create| create.call(store, (context, parent)))?;
+    Ok(context)
 }
 
 fn on(

@@ -9,8 +9,8 @@ use super::instances::{Entered, acquire};
 enum State {
     /// Not reached yet
     New,
-    /// In an instance, as this context
-    In(Entered, u32),
+    /// In an instance, as this context, once it has one
+    In(Entered, Option<u32>),
     /// Without the filter from here on
     Out,
 }
@@ -26,12 +26,18 @@ impl WasmFilter {
         Self { plugin, state: State::New }
     }
 
-    /// Makes the filter's context when it is first needed: with what comes to it, or at its end.
-    fn begin(&mut self, first: Option<(Flow, Event)>, view: &View) -> Result<Said, String> {
-        let entered = acquire(&self.plugin)?;
-        match entered.instance.open(entered.root, first, view) {
-            Ok(Some((context, said))) => {
-                self.state = State::In(entered, context);
+    /// Tells the filter's context what comes to it. It is made when it is first needed: then, or at its end.
+    fn tell(&mut self, what: Option<(Flow, Event)>, view: &View) -> Result<Said, String> {
+        if let State::New = self.state {
+            self.state = State::In(acquire(&self.plugin)?, None);
+        }
+        let State::In(entered, context) = &mut self.state else { return Ok(Said::Continue) };
+        if entered.instance.dead() {
+            return Err("its instance ended under the exchange".into());
+        }
+        match entered.instance.on((*context, entered.root), what, view) {
+            Ok(Some((id, said))) => {
+                *context = Some(id);
                 Ok(said)
             }
             Ok(None) => {
@@ -42,13 +48,13 @@ impl WasmFilter {
         }
     }
 
-    /// The same for a filter that the exchange never reached, at its end; it is in its instance then, unless that is not to be had.
+    /// The context of a filter at its end, also of one that the exchange never reached. `None`: it is not to be had, or has ended.
     fn end(&mut self, view: &View) -> Option<(&Entered, u32)> {
-        if matches!(self.state, State::New) {
-            self.begin(None, view).ok()?;
+        if matches!(self.state, State::New) && self.tell(None, view).is_err() {
+            self.state = State::Out;
         }
         match &self.state {
-            State::In(entered, context) if !entered.instance.dead() => Some((entered, *context)),
+            State::In(entered, Some(context)) if !entered.instance.dead() => Some((entered, *context)),
             State::In(..) | State::New | State::Out => None,
         }
     }
@@ -81,16 +87,7 @@ impl WasmFilter {
 
 impl Filter for WasmFilter {
     fn on(&mut self, flow: Flow, event: Event, view: &View) -> Action {
-        let said = match &self.state {
-            State::New => self.begin(Some((flow, event)), view),
-            State::In(entered, _) if entered.instance.dead() => Err("its instance ended under the exchange".into()),
-            State::In(entered, context) => {
-                let said = entered.instance.on((*context, entered.root), flow, event, view);
-                said.map_err(|failure| self.report(*failure))
-            }
-            State::Out => return Action::Continue,
-        };
-        match said {
+        match self.tell(Some((flow, event)), view) {
             Ok(Said::Continue) => return Action::Continue,
             Ok(Said::Pause) => return Action::Pause,
             // It said everything, and failed only in its log or its end.

@@ -254,18 +254,22 @@ fn who_used_up_its_share_of_the_worker_waits() {
             spec.call_time_ms = 60_000;
             spec.fail_open = fail_open;
         })];
-        let throttled = (0..1000)
-            .map(|_| exchange(&plugins).0)
-            .find(|outcome| bench.plugins.status()[0].throttled > 0 || !passed(outcome));
-        match throttled.unwrap() {
+        let breaks = bench.with(&wat("", &on_headers("request", "unreachable", 0)), |spec| spec.name = "breaks".into());
+        let throttled = || bench.plugins.status().iter().map(|row| row.throttled).sum::<u64>();
+        let outcome = (0..1000).map(|_| exchange(&plugins).0).find(|outcome| throttled() > 0 || !passed(outcome));
+        match outcome.unwrap() {
             Outcome::Failed(failed) => {
                 assert!(!fail_open);
                 assert!(failed.reason.contains("limits.cpuShare"), "{failed:?}");
             }
             outcome => assert!(fail_open && passed(&outcome), "{outcome:?}"),
         }
-        let row = &bench.plugins.status()[0];
-        assert_eq!((row.failures, row.health), (0, Health::Running), "its instance lives on");
+        let rows = bench.plugins.status();
+        assert!(rows.iter().all(|row| (row.failures, row.health) == (0, Health::Running)), "its instance lives on");
+        // Where the exchange never reached it, it is counted at the end: once, though it is told of the log and of the end.
+        let before = throttled();
+        assert!(matches!(exchange(&[breaks, plugins[0].clone()]).0, Outcome::Failed(_)));
+        assert_eq!(throttled(), before + 1);
     }
 }
 
