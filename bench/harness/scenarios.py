@@ -4,6 +4,7 @@ import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 
 from . import Invalid, Skip
 from .check import Counters
@@ -39,8 +40,8 @@ class Scenario:
 
 
 WARM = 0.7
-# Of measurements with and without a filter, in one round.
-PAIRS = 15
+# Seconds of a turn with or without a filter, and of all of them, for each second of a measurement.
+TURN, STEADY_TURN, PAIRS = 0.04, 0.1, 4
 
 
 def closed(topology, **options):
@@ -81,33 +82,44 @@ def websocket(run, name):
     return r
 
 
+def in_turn(times, actions):
+    """Each action so many times, there and back: {key: results}."""
+    got, turns = {key: [] for key in actions}, list(actions.items())
+    for _ in range(times):
+        for key, action in turns:
+            got[key].append(action())
+        turns.reverse()
+    return got
+
+
+def middle(values):
+    """The mean of the middle half: as little moved by the machine's bad moments as the median, and by what is left half as much."""
+    values = sorted(values)
+    quarter = len(values) // 4
+    return statistics.fmean(values[quarter:len(values) - quarter])
+
+
 def wasm_added(run, names):
-    """All proxies run side by side, with and without the filter, and are measured in turn, a short while each, so that what the machine does
-    meanwhile hits them all; what a filter adds is the median of the differences: the machine's bad moments are in few of them. At saturation, and
-    at a rate that all keep up with: at saturation the slower of two proxies also has to wake its peers more often, which have less to do."""
-    secs = run.a.secs / 6
-    loads = {
-        "": lambda s: s.tool("closed", secs, run.a.conns),
-        "steady_": lambda s: s.tool("openloop", secs, run.a.conns, rate=STEADY, warmup=0) | {"secs": secs},
-    }
+    """All proxies run side by side, with and without the filter, and are measured in turn: what the machine does meanwhile hits them all. Most
+    of that lasts longer than a turn, so many short turns say more than a few long ones; what a filter adds is the middle of their differences.
+    At saturation, and at a rate that all keep up with: at saturation the slower of two proxies also has to wake its peers more often, which
+    have less to do."""
     topologies = {"without": "h1-single", "with": "h1-wasm"}
     with ExitStack() as stack:
         sessions = {(n, side): stack.enter_context(Session(run, n, topology)) for n in names for side, topology in topologies.items()}
-        slices = {(kind, key): [] for kind in loads for key in sessions}
-        for s in sessions.values():
-            s.tool("closed", WARM, run.a.conns)
-        turns = list(sessions.items())
-        for _ in range(PAIRS):
-            for kind, load in loads.items():
-                for key, s in turns:
-                    slices[kind, key].append(s.measured(lambda: load(s))["cpu_us_req"])
-            turns.reverse()
+        loads = {key: s.turns(run.a.conns) for key, s in sessions.items()}
+        for load in loads.values():
+            load.turn(WARM)
+        slices = {kind: in_turn(round(run.a.secs * PAIRS / secs), {key: partial(load.turn, secs, rate) for key, load in loads.items()})
+                  for kind, secs, rate in (("", TURN, 0), ("steady_", STEADY_TURN, STEADY))}
+        for load in loads.values():
+            load.check()
     results = {n: {} for n in names}
     for n, r in results.items():
-        for kind in loads:
-            with_, without = slices[kind, (n, "with")], slices[kind, (n, "without")]
-            r |= {kind + "added_us": statistics.median(a - b for a, b in zip(with_, without)),
-                  kind + "with_us": statistics.median(with_), kind + "without_us": statistics.median(without)}
+        for kind, got in slices.items():
+            with_, without = got[n, "with"], got[n, "without"]
+            r |= {kind + "added_us": middle(a - b for a, b in zip(with_, without)),
+                  kind + "with_us": middle(with_), kind + "without_us": middle(without)}
     return results
 
 

@@ -5,6 +5,7 @@ import re
 import shutil
 import tempfile
 import time
+from subprocess import PIPE
 
 from . import Invalid, process
 from .check import HOST, Counters, http1, verify, wait_ready
@@ -39,6 +40,30 @@ class Interception:
         out_of(self.command + ["remove"])
 
 
+class Turns:
+    """A load of short turns, and what each costs the proxies of a session. Who made it calls `check` at its end."""
+
+    def __init__(self, session, command):
+        self.session, self.total, self.counters = session, 0, Counters(session.peer)
+        self.process = spawn_on(session.load_cpus, command, "load", os.path.join(session.dir, "load.log"), stdin=PIPE, stdout=PIPE, text=True)
+
+    def turn(self, secs, rate=0):
+        """Microseconds of CPU per request, at so many requests a second; 0: at saturation."""
+        before = cpu(self.session.procs)[0]
+        print(secs, rate, file=self.process.stdin, flush=True)
+        said = self.process.stdout.readline()
+        took = cpu(self.session.procs)[0] - before
+        r = json.loads(said or '{"errors": 1}')
+        if r["errors"] or not r["total"]:
+            raise Invalid("closed, in turns: " + (said or open(self.process.log, errors="replace").read()[-400:]))
+        self.total += r["total"]
+        return took / r["total"] * 1e6
+
+    def check(self):
+        """Each part of the proxies has seen each request."""
+        self.counters.check("http", self.total)
+
+
 class Session:
     """Backend + one started peer. Proxies on one core, load and backend on another, unless `spread`. `wrap`: what each proxy is
     run under; `patience`: seconds until it has to be ready."""
@@ -49,7 +74,7 @@ class Session:
         self.proxy_cpus, self.load_cpus = (set(process.CPUS),) * 2 if spread else (PROXY_CPU, LOAD_CPU)
         self.ports = {"client": free_port(), "mtls": free_port(), "backend": free_port()}
         self.peer = ALL[name](Spawn(self.proxy_cpus, self.dir, wrap), self.dir, Options(wasm=run.wasm, **options))
-        self.back, self.procs, self.rules, self.rate = [], [], None, 2000.0
+        self.back, self.procs, self.loads, self.rules, self.rate = [], [], [], None, 2000.0
         try:
             command = [run.tool, "tcp" if topology.startswith("tcp") else "backend", "--port", str(self.ports["backend"])]
             self.back = [spawn_on(self.load_cpus, command, "backend", os.path.join(self.dir, "backend.log"))]
@@ -66,7 +91,7 @@ class Session:
             raise
 
     def close(self):
-        stop(self.procs + self.back)
+        stop(self.loads + self.procs + self.back)
         if self.rules:
             self.rules.remove()
         shutil.rmtree(self.dir, ignore_errors=True)
@@ -78,13 +103,22 @@ class Session:
         self.close()
 
     # ---------------------------------------------------------------- loads: -> {"total": requests, "secs": ..., ...}
-    def _tool(self, command, secs, conns, port="client", **more):
-        argv = [self.run.tool, command, "--port", str(self.ports[port]), "--conns", str(conns), "--secs", str(secs)]
+    def _command(self, command, conns, port="client", **more):
+        argv = [self.run.tool, command, "--port", str(self.ports[port]), "--conns", str(conns)]
         if self.topology.startswith("tcp"):
             argv += ["--to", self.peer.tcp_target(self.ports)]
         for k, v in more.items():
             argv += ["--" + k, str(v)]
-        return out_of(argv, secs + 30, self.load_cpus, NOBODY if self.rules else None)
+        return argv
+
+    def _tool(self, command, secs, conns, **more):
+        return out_of(self._command(command, conns, secs=secs, **more), secs + 30, self.load_cpus, NOBODY if self.rules else None)
+
+    def turns(self, conns):
+        """A load that keeps its connections."""
+        load = Turns(self, self._command("closed", conns, turns=1))
+        self.loads.append(load.process)
+        return load
 
     def _verifying(self, command, port, secs, who):
         more = self.identity(who) if port == "mtls" else {}

@@ -1,11 +1,15 @@
 //! HTTP/1.1 as fast as the server answers: each connection has one request under way.
 
+use std::collections::VecDeque;
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::os::fd::AsRawFd;
 use std::time::Instant;
 
 use crate::{HOST, Opts, addr, num};
+
+/// Seconds after which what is under way is lost.
+const PATIENCE: f64 = 5.0;
 
 struct Conn {
     s: TcpStream,
@@ -16,67 +20,139 @@ struct Conn {
     open: bool,
 }
 
-/// After the time no request is begun, and what is under way is waited for.
+struct Load {
+    epoll: i32,
+    conns: Vec<Conn>,
+    request: Vec<u8>,
+    /// Bytes of a request's body
+    post: usize,
+}
+
+/// Once; with `turns` for each line that comes in, on the same connections: seconds, and requests a second (0: as many as are answered).
 pub fn run(o: &Opts) {
-    let (conns, secs): (usize, f64) = (num(o, "conns", 32), num(o, "secs", 2.0));
-    let post: usize = num(o, "post", 0);
-    let mut req = match post {
-        0 => format!("GET /svc-0/ HTTP/1.1\r\nHost: {HOST}\r\n\r\n"),
-        n => format!("POST /svc-0/ HTTP/1.1\r\nHost: {HOST}\r\nContent-Length: {n}\r\n\r\n"),
+    let mut load = Load::connect(o);
+    if num(o, "turns", 0) == 0 {
+        return load.turn(num(o, "secs", 2.0), 0.0);
     }
-    .into_bytes();
-    req.resize(req.len() + post, b'p');
-    let ep = unsafe { libc::epoll_create1(0) };
-    let mut cs = Vec::new();
-    for i in 0..conns {
-        let s = TcpStream::connect(addr(o)).expect("connect");
-        s.set_nodelay(true).unwrap();
-        let mut ev = libc::epoll_event { events: libc::EPOLLIN as u32, u64: i as u64 };
-        unsafe { libc::epoll_ctl(ep, libc::EPOLL_CTL_ADD, s.as_raw_fd(), &mut ev) };
-        cs.push(Conn { s, got: 0, need: 0, head: Vec::with_capacity(1024), open: true });
+    unsafe { libc::prctl(libc::PR_SET_TIMERSLACK, 1usize) };
+    for line in std::io::stdin().lines() {
+        let line = line.expect("a line");
+        let mut words = line.split(' ').map(|word| word.parse().expect("a number"));
+        load.turn(words.next().expect("seconds"), words.next().expect("a rate"));
     }
-    let (mut total, mut errors, mut running) = (0u64, 0u64, 0usize);
-    let t0 = Instant::now();
-    for c in &mut cs {
-        // Blocking: a body that does not fit the socket's buffer waits for the proxy, which reads on its own.
-        c.s.write_all(&req).expect("write");
-        running += 1;
+}
+
+struct Turn {
+    start: Instant,
+    secs: f64,
+    /// Seconds between two requests
+    step: f64,
+    idle: VecDeque<usize>,
+    begun: u64,
+    running: u64,
+    total: u64,
+    errors: u64,
+}
+
+impl Turn {
+    /// Seconds until the next request; `None`: the time is over.
+    fn wait(&self) -> Option<f64> {
+        let (now, due) = (self.start.elapsed().as_secs_f64(), self.begun as f64 * self.step);
+        (now.max(due) < self.secs).then(|| (due - now).max(0.0))
     }
-    let mut evs = vec![libc::epoll_event { events: 0, u64: 0 }; 256];
-    let mut buf = vec![0u8; 65536];
-    while running > 0 {
-        let k = unsafe { libc::epoll_wait(ep, evs.as_mut_ptr(), 256, 5000) };
-        if k <= 0 {
-            errors += running as u64;
-            break;
+}
+
+impl Load {
+    fn connect(o: &Opts) -> Self {
+        let post: usize = num(o, "post", 0);
+        let mut request = match post {
+            0 => format!("GET /svc-0/ HTTP/1.1\r\nHost: {HOST}\r\n\r\n"),
+            n => format!("POST /svc-0/ HTTP/1.1\r\nHost: {HOST}\r\nContent-Length: {n}\r\n\r\n"),
         }
-        for e in evs.iter().take(k as usize) {
-            let c = &mut cs[e.u64 as usize];
-            if !c.open {
-                continue;
+        .into_bytes();
+        request.resize(request.len() + post, b'p');
+        let epoll = unsafe { libc::epoll_create1(0) };
+        let mut conns = Vec::new();
+        for i in 0..num(o, "conns", 32) {
+            let s = TcpStream::connect(addr(o)).expect("connect");
+            s.set_nodelay(true).unwrap();
+            let mut ev = libc::epoll_event { events: libc::EPOLLIN as u32, u64: i };
+            unsafe { libc::epoll_ctl(epoll, libc::EPOLL_CTL_ADD, s.as_raw_fd(), &mut ev) };
+            conns.push(Conn { s, got: 0, need: 0, head: Vec::with_capacity(1024), open: true });
+        }
+        Self { epoll, conns, request, post }
+    }
+
+    /// After the time no request is begun, and what is under way is waited for.
+    fn turn(&mut self, secs: f64, rate: f64) {
+        let idle = (0..self.conns.len()).filter(|i| self.conns[*i].open).collect();
+        let step = if rate > 0.0 { 1.0 / rate } else { 0.0 };
+        let mut turn = Turn { start: Instant::now(), secs, step, idle, begun: 0, running: 0, total: 0, errors: 0 };
+        let mut evs = vec![libc::epoll_event { events: 0, u64: 0 }; 256];
+        let mut buf = vec![0u8; 65536];
+        loop {
+            self.begin(&mut turn);
+            let wait = turn.wait().filter(|_| !turn.idle.is_empty());
+            if wait.is_none() && turn.running == 0 {
+                break;
             }
-            let more = match c.s.read(&mut buf) {
-                Ok(m) if m > 0 => c.take(&buf[..m], post),
-                _ => None,
-            };
-            match more {
-                Some(false) => continue,
-                Some(true) => {
-                    total += 1;
-                    if t0.elapsed().as_secs_f64() < secs && c.s.write_all(&req).is_ok() {
-                        continue;
+            let k = self.events(&mut evs, wait.unwrap_or(PATIENCE));
+            if k == 0 && wait.is_none() {
+                turn.errors += turn.running;
+                break;
+            }
+            for e in &evs[..k] {
+                let i = e.u64 as usize;
+                match self.heard(i, &mut buf) {
+                    Some(false) => continue,
+                    Some(true) => {
+                        turn.total += 1;
+                        turn.idle.push_back(i);
                     }
+                    None => turn.errors += 1,
                 }
-                None => {
-                    errors += 1;
-                    c.open = false;
-                    unsafe { libc::epoll_ctl(ep, libc::EPOLL_CTL_DEL, c.s.as_raw_fd(), std::ptr::null_mut()) };
-                }
+                turn.running -= 1;
+                self.begin(&mut turn);
             }
-            running -= 1;
+        }
+        let Turn { start, total, errors, .. } = turn;
+        println!("{{\"total\":{total},\"errors\":{errors},\"secs\":{:.4}}}", start.elapsed().as_secs_f64());
+    }
+
+    /// Begins what is due.
+    fn begin(&mut self, turn: &mut Turn) {
+        while !turn.idle.is_empty()
+            && turn.wait() == Some(0.0)
+            && let Some(i) = turn.idle.pop_front()
+        {
+            // Blocking: a body that does not fit the socket's buffer waits for the proxy, which reads on its own.
+            match self.conns[i].s.write_all(&self.request) {
+                Ok(()) => (turn.begun, turn.running) = (turn.begun + 1, turn.running + 1),
+                Err(_) => turn.errors += 1,
+            }
         }
     }
-    println!("{{\"total\":{total},\"errors\":{errors},\"secs\":{:.4}}}", t0.elapsed().as_secs_f64());
+
+    fn events(&self, evs: &mut [libc::epoll_event], secs: f64) -> usize {
+        let (ep, time) = (self.epoll, libc::timespec { tv_sec: secs as i64, tv_nsec: (secs.fract() * 1e9) as i64 });
+        let k =
+            unsafe { libc::syscall(libc::SYS_epoll_pwait2, ep, evs.as_mut_ptr(), evs.len(), &time, 0usize, 8usize) };
+        k.max(0) as usize
+    }
+
+    /// `Some(true)`: a response is complete; `None`: it is wrong, and the connection is not used any more.
+    fn heard(&mut self, i: usize, buf: &mut [u8]) -> Option<bool> {
+        let c = &mut self.conns[i];
+        let more = match c.s.read(buf) {
+            Ok(m) if m > 0 => c.take(&buf[..m], self.post),
+            _ => None,
+        };
+        if more.is_none() {
+            c.open = false;
+            unsafe { libc::epoll_ctl(self.epoll, libc::EPOLL_CTL_DEL, c.s.as_raw_fd(), std::ptr::null_mut()) };
+        }
+        more
+    }
 }
 
 impl Conn {

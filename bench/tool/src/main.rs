@@ -3,7 +3,8 @@
 //!
 //!   backend   --port P [--body 1024] [--ip 127.0.0.1]         HTTP/1.1, h2c, WebSocket echo, gRPC echo
 //!   tcp       --port P                                        opaque: counts or echoes
-//!   closed    --port P --conns C --secs S [--post BYTES]      HTTP/1.1, one request at a time on each connection
+//!   closed    --port P --conns C --secs S [--post BYTES]      HTTP/1.1, one request at a time on each connection; with `--turns 1`
+//!                                                             for each line of its input: `SECS RATE`
 //!   openloop  --port P --rate R --conns C --secs S [--warmup W] [--shed 1]     with shed: 503 `overloaded` is no error
 //!   handshake --port P --secs S --threads T [--ca F --cert F --key F --sni NAME --group x25519|x25519mlkem768]
 //!   idle      --port P --steps 1000,5000 [--ca ...]           a request each, then they are kept
