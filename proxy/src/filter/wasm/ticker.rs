@@ -30,6 +30,8 @@ const IDLE: Duration = Duration::from_millis(64);
 
 /// Longest time that one look stands for: who sleeps longer saw less.
 const MOST: Duration = Duration::from_millis(20);
+/// The same of an instance whose share is limited: what the smallest limit saves up.
+const MOST_LIMITED: Duration = Duration::from_millis(10);
 
 /// A thread's counter of calls and the meter of the last one, alone on its cache line.
 #[derive(Debug, Default)]
@@ -72,7 +74,8 @@ impl Meter {
 
     fn pass(&self, time: Duration, busy: bool) {
         let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
-        let took = if busy { micros(time.min(MOST)) } else { 0 };
+        let most = if self.share == 0 { MOST } else { MOST_LIMITED };
+        let took = if busy { micros(time.min(most)) } else { 0 };
         self.used.fetch_add(took, Ordering::Relaxed);
         if self.share == 0 {
             return;
@@ -170,11 +173,13 @@ struct Looks {
     idle: Duration,
     /// Whose calls the last one found
     busy: Vec<u64>,
+    /// How far into a tick the next call that wakes it is looked at, of [`u32::MAX`]
+    phase: u32,
 }
 
 impl Looks {
     fn new(now: Instant) -> Self {
-        Self { last: now, idle: Duration::ZERO, busy: Vec::new() }
+        Self { last: now, idle: Duration::ZERO, busy: Vec::new(), phase: 0 }
     }
 
     fn passed(&mut self, now: Instant) -> Duration {
@@ -203,12 +208,22 @@ impl Looks {
         (stuck, (self.idle < IDLE).then_some(rest))
     }
 
-    /// It has slept, and was woken by a call or not. That call is what it finds in flight: nobody was in one before.
-    fn slept(&mut self, ticker: &Ticker, now: Instant, woken: bool) {
+    /// It has slept, and was woken by a call or not: how long until the next look. Right now that call would always be found, and never have
+    /// taken any time; somewhere in its first tick it is found as often as it is long, and that look stands for a tick.
+    fn slept(&mut self, ticker: &Ticker, now: Instant, woken: bool) -> Duration {
         let passed = self.passed(now);
         ticker.count(passed, &[]);
-        // Nobody woke it: one look, and it sleeps again.
-        self.idle = if woken { Duration::ZERO } else { IDLE };
+        if !woken {
+            // One look, and it sleeps again.
+            self.idle = IDLE;
+            return Duration::ZERO;
+        }
+        self.idle = Duration::ZERO;
+        // Steps of the golden ratio: spread evenly, however many there are.
+        self.phase = self.phase.wrapping_add(0x9E37_79B9);
+        let rest = TICK.mul_f64(f64::from(self.phase) / f64::from(u32::MAX));
+        self.last = (now + rest).checked_sub(TICK).unwrap_or(now);
+        rest
     }
 }
 
@@ -236,7 +251,9 @@ fn run(weak: &Weak<Ticker>, engine: &EngineWeak) {
         }
         let Some(ticker) = weak.upgrade() else { return };
         let woken = !ticker.asleep.load(Ordering::SeqCst);
-        looks.slept(&ticker, Instant::now(), woken);
+        let rest = looks.slept(&ticker, Instant::now(), woken);
+        drop(ticker);
+        std::thread::sleep(rest);
     }
 }
 
@@ -396,17 +413,25 @@ mod tests {
         let looks = (1..100).find(|_| desk.look(CALM).1.is_none());
         assert_eq!(looks.map(|looks| CALM * looks), Some(IDLE));
         let watch = Watch::of(&desk.ticker).unwrap();
+        // Calls of a quarter of a tick, each of which wakes it.
+        let took = TICK / 4;
         for _ in 0..100 {
-            let _in_call = watch.enter(&meter);
             desk.now += Duration::from_millis(200);
-            desk.looks.slept(&desk.ticker, desk.now, true);
-            assert_eq!(desk.look(Duration::from_micros(20)), (false, Some(TICK)));
+            let in_call = watch.enter(&meter);
+            let rest = desk.looks.slept(&desk.ticker, desk.now, true);
+            if rest < took {
+                assert_eq!(desk.look(rest), (false, Some(TICK)));
+                drop(in_call);
+            } else {
+                drop(in_call);
+                assert_eq!(desk.look(rest), (false, Some(CALM)));
+            }
         }
-        assert_eq!(meter.used(), Duration::from_micros(20) * 100);
+        assert!(meter.used().abs_diff(took * 100) <= TICK * 2, "{:?}", meter.used());
         assert!(!meter.over());
-        desk.looks.slept(&desk.ticker, desk.now, false);
-        desk.look(TICK);
-        assert_eq!(desk.look(TICK).1, Some(CALM), "calls have ended since");
+        desk.look(CALM);
+        assert_eq!(desk.looks.slept(&desk.ticker, desk.now, false), Duration::ZERO);
+        assert_eq!(desk.look(Duration::ZERO), (false, None), "nobody woke it: it sleeps again");
     }
 
     #[test]
@@ -449,5 +474,8 @@ mod tests {
         meter.pass(Duration::from_secs(1), true);
         assert!(!meter.over());
         assert_eq!(meter.used(), MOST);
+        let limited = Meter::new(10_000);
+        limited.pass(Duration::from_secs(1), true);
+        assert!(!limited.over(), "one look does not use up all that it has saved");
     }
 }
