@@ -82,13 +82,14 @@ def websocket(run, name):
     return r
 
 
-def in_turn(times, actions):
-    """Each action so many times, there and back: {key: results}."""
-    got, turns = {key: [] for key in actions}, list(actions.items())
-    for _ in range(times):
-        for key, action in turns:
-            got[key].append(action())
-        turns.reverse()
+def in_turn(times, sides):
+    """Each side of each subject so many times, {subject: {side: action}} -> {subject: {side: results}}. One subject after the other, and a subject's
+    sides this way and that: each of them follows itself, or another subject, as often as the others do."""
+    got = {subject: {side: [] for side in actions} for subject, actions in sides.items()}
+    for turn in range(times):
+        for subject, actions in sides.items():
+            for side in list(actions)[::1 if turn % 2 else -1]:
+                got[subject][side].append(actions[side]())
     return got
 
 
@@ -106,20 +107,18 @@ def wasm_added(run, names):
     have less to do."""
     topologies = {"without": "h1-single", "with": "h1-wasm"}
     with ExitStack() as stack:
-        sessions = {(n, side): stack.enter_context(Session(run, n, topology)) for n in names for side, topology in topologies.items()}
-        loads = {key: s.turns(run.a.conns) for key, s in sessions.items()}
-        for load in loads.values():
+        loads = {n: {side: stack.enter_context(Session(run, n, topology)).turns(run.a.conns) for side, topology in topologies.items()} for n in names}
+        every = [load for sides in loads.values() for load in sides.values()]
+        for load in every:
             load.turn(WARM)
-        slices = {kind: in_turn(round(run.a.secs * PAIRS / secs), {key: partial(load.turn, secs, rate) for key, load in loads.items()})
-                  for kind, secs, rate in (("", TURN, 0), ("steady_", STEADY_TURN, STEADY))}
-        for load in loads.values():
+        results = {n: {} for n in names}
+        for kind, secs, rate in (("", TURN, 0), ("steady_", STEADY_TURN, STEADY)):
+            turns = {n: {side: partial(load.turn, secs, rate) for side, load in sides.items()} for n, sides in loads.items()}
+            for n, got in in_turn(round(run.a.secs * PAIRS / secs), turns).items():
+                results[n] |= {kind + "added_us": middle(a - b for a, b in zip(got["with"], got["without"])),
+                               kind + "with_us": middle(got["with"]), kind + "without_us": middle(got["without"])}
+        for load in every:
             load.check()
-    results = {n: {} for n in names}
-    for n, r in results.items():
-        for kind, got in slices.items():
-            with_, without = got[n, "with"], got[n, "without"]
-            r |= {kind + "added_us": middle(a - b for a, b in zip(with_, without)),
-                  kind + "with_us": middle(with_), kind + "without_us": middle(without)}
     return results
 
 

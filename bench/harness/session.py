@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import select
 import shutil
 import tempfile
 import time
@@ -51,7 +52,7 @@ class Turns:
         """Microseconds of CPU per request, at so many requests a second; 0: at saturation."""
         before = cpu(self.session.procs)[0]
         print(secs, rate, file=self.process.stdin, flush=True)
-        said = self.process.stdout.readline()
+        said = select.select([self.process.stdout], [], [], secs + 30)[0] and self.process.stdout.readline()
         took = cpu(self.session.procs)[0] - before
         r = json.loads(said or '{"errors": 1}')
         if r["errors"] or not r["total"]:

@@ -18,6 +18,7 @@ struct Conn {
     need: usize,
     head: Vec<u8>,
     open: bool,
+    busy: bool,
 }
 
 struct Load {
@@ -78,7 +79,7 @@ impl Load {
             s.set_nodelay(true).unwrap();
             let mut ev = libc::epoll_event { events: libc::EPOLLIN as u32, u64: i };
             unsafe { libc::epoll_ctl(epoll, libc::EPOLL_CTL_ADD, s.as_raw_fd(), &mut ev) };
-            conns.push(Conn { s, got: 0, need: 0, head: Vec::with_capacity(1024), open: true });
+            conns.push(Conn { s, got: 0, need: 0, head: Vec::with_capacity(1024), open: true, busy: false });
         }
         Self { epoll, conns, request, post }
     }
@@ -103,15 +104,19 @@ impl Load {
             }
             for e in &evs[..k] {
                 let i = e.u64 as usize;
+                let busy = self.conns[i].busy;
                 match self.heard(i, &mut buf) {
                     Some(false) => continue,
                     Some(true) => {
                         turn.total += 1;
                         turn.idle.push_back(i);
                     }
-                    None => turn.errors += 1,
+                    None => {
+                        turn.errors += 1;
+                        turn.idle.retain(|idle| *idle != i);
+                    }
                 }
-                turn.running -= 1;
+                turn.running -= u64::from(busy);
                 self.begin(&mut turn);
             }
         }
@@ -126,30 +131,47 @@ impl Load {
             && let Some(i) = turn.idle.pop_front()
         {
             // Blocking: a body that does not fit the socket's buffer waits for the proxy, which reads on its own.
-            match self.conns[i].s.write_all(&self.request) {
-                Ok(()) => (turn.begun, turn.running) = (turn.begun + 1, turn.running + 1),
-                Err(_) => turn.errors += 1,
+            if self.conns[i].s.write_all(&self.request).is_ok() {
+                self.conns[i].busy = true;
+                (turn.begun, turn.running) = (turn.begun + 1, turn.running + 1);
+            } else {
+                self.close(i);
+                turn.errors += 1;
             }
         }
     }
 
-    fn events(&self, evs: &mut [libc::epoll_event], secs: f64) -> usize {
-        let (ep, time) = (self.epoll, libc::timespec { tv_sec: secs as i64, tv_nsec: (secs.fract() * 1e9) as i64 });
-        let k =
-            unsafe { libc::syscall(libc::SYS_epoll_pwait2, ep, evs.as_mut_ptr(), evs.len(), &time, 0usize, 8usize) };
-        k.max(0) as usize
+    fn close(&mut self, i: usize) {
+        self.conns[i].open = false;
+        let fd = self.conns[i].s.as_raw_fd();
+        unsafe { libc::epoll_ctl(self.epoll, libc::EPOLL_CTL_DEL, fd, std::ptr::null_mut()) };
     }
 
-    /// `Some(true)`: a response is complete; `None`: it is wrong, and the connection is not used any more.
+    /// How many there are within the time.
+    fn events(&self, evs: &mut [libc::epoll_event], secs: f64) -> usize {
+        let (ep, time) = (self.epoll, libc::timespec { tv_sec: secs as i64, tv_nsec: (secs.fract() * 1e9) as i64 });
+        loop {
+            let k = unsafe {
+                libc::syscall(libc::SYS_epoll_pwait2, ep, evs.as_mut_ptr(), evs.len(), &time, 0usize, 8usize)
+            };
+            if let Ok(k) = usize::try_from(k) {
+                return k;
+            }
+            let error = std::io::Error::last_os_error();
+            assert!(error.kind() == std::io::ErrorKind::Interrupted, "epoll_pwait2: {error}");
+        }
+    }
+
+    /// `Some(true)`: a response is complete; `None`: it is wrong, or nothing was asked, and the connection is not used any more.
     fn heard(&mut self, i: usize, buf: &mut [u8]) -> Option<bool> {
         let c = &mut self.conns[i];
         let more = match c.s.read(buf) {
-            Ok(m) if m > 0 => c.take(&buf[..m], self.post),
+            Ok(m) if m > 0 && c.busy => c.take(&buf[..m], self.post),
             _ => None,
         };
+        c.busy = more == Some(false);
         if more.is_none() {
-            c.open = false;
-            unsafe { libc::epoll_ctl(self.epoll, libc::EPOLL_CTL_DEL, c.s.as_raw_fd(), std::ptr::null_mut()) };
+            self.close(i);
         }
         more
     }
