@@ -170,37 +170,31 @@ def tcp(topology):
     return f
 
 
+def side_by_side(run, sides):
+    """CPU per request at saturation of each of these sessions, in turn: {side: microseconds}."""
+    for s in sides.values():
+        s.tool("closed", WARM, run.a.conns)
+    cost = lambda s: s.measured(lambda: s.tool("closed", run.a.secs / 2, run.a.conns))["cpu_us_req"]
+    got = in_turn(4, {"": {side: partial(cost, s) for side, s in sides.items()}})[""]
+    return {side: statistics.mean(values) for side, values in got.items()}
+
+
 def access_log(run, name):
     """Both modes side by side, in turn."""
-    slices = {True: [], False: []}
     with Session(run, name, "h1-single", access_log=True) as every, Session(run, name, "h1-single") as errors:
-        sides = ((True, every), (False, errors))
-        for _, s in sides:
-            s.tool("closed", WARM, run.a.conns)
-        for _ in range(4):
-            for side, s in sides:
-                r = s.measured(lambda: s.tool("closed", run.a.secs / 2, run.a.conns))
-                slices[side].append(r["cpu_us_req"])
-            sides = sides[::-1]
+        us = side_by_side(run, {"all": every, "errors": errors})
         lines = sum(1 for line in open(every.procs[0].log, "rb") if line.startswith(b"{") and b"/svc-0/" in line)
         dropped = every.peer.ask("proxy", "/stats")["droppedLogLines"]
     if lines + dropped == 0:
         raise Skip("no line was logged")
-    every, errors = (statistics.mean(slices[side]) for side in (True, False))
-    return {"all_vs_errors": every / errors, "all_us": every, "errors_us": errors, "lines": lines, "dropped": dropped}
+    return {"all_vs_errors": us["all"] / us["errors"], "all_us": us["all"], "errors_us": us["errors"], "lines": lines, "dropped": dropped}
 
 
 def workers(run, name):
     """One and two workers, not pinned, in turn; then how evenly two share connections."""
-    r, slices = {}, {1: [], 2: []}
+    r = {}
     with Session(run, name, "h1-single", spread=True, workers=1) as one, Session(run, name, "h1-single", spread=True, workers=2) as two:
-        sides = ((1, one), (2, two))
-        for _, s in sides:
-            s.tool("closed", WARM, run.a.conns)
-        for _ in range(4):
-            for side, s in sides:
-                slices[side].append(s.measured(lambda: s.tool("closed", run.a.secs / 2, run.a.conns))["cpu_us_req"])
-            sides = sides[::-1]
+        us = side_by_side(run, {1: one, 2: two})
         for conns in (4, 8, 64):
             r["h1_share_%d" % conns], most = share(two, lambda: two.tool("closed", max(0.5, run.a.secs / 4), conns), conns)
             if conns == 4:
@@ -211,8 +205,7 @@ def workers(run, name):
             r["h2_share_%d" % conns], most = share(two, lambda: two.h2load(max(1, run.a.secs / 4), conns, 10), conns)
             if conns == 4:
                 r["h2_most_of_4"] = most
-    one, two = (statistics.mean(slices[n]) for n in (1, 2))
-    return {"two_vs_one": two / one, "one_us": one, "two_us": two, **r}
+    return {"two_vs_one": us[2] / us[1], "one_us": us[1], "two_us": us[2], **r}
 
 
 def share(s, load, conns):

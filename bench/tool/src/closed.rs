@@ -1,4 +1,4 @@
-//! HTTP/1.1 as fast as the server answers: each connection has one request under way.
+//! HTTP/1.1, one request at a time on each connection: as fast as the server answers, or no faster than a rate.
 
 use std::collections::VecDeque;
 use std::io::{Read, Write};
@@ -17,7 +17,7 @@ struct Conn {
     /// Bytes of the whole response; 0: its head is not complete
     need: usize,
     head: Vec<u8>,
-    open: bool,
+    /// A request is under way
     busy: bool,
 }
 
@@ -79,14 +79,14 @@ impl Load {
             s.set_nodelay(true).unwrap();
             let mut ev = libc::epoll_event { events: libc::EPOLLIN as u32, u64: i };
             unsafe { libc::epoll_ctl(epoll, libc::EPOLL_CTL_ADD, s.as_raw_fd(), &mut ev) };
-            conns.push(Conn { s, got: 0, need: 0, head: Vec::with_capacity(1024), open: true, busy: false });
+            conns.push(Conn { s, got: 0, need: 0, head: Vec::with_capacity(1024), busy: false });
         }
         Self { epoll, conns, request, post }
     }
 
     /// After the time no request is begun, and what is under way is waited for.
     fn turn(&mut self, secs: f64, rate: f64) {
-        let idle = (0..self.conns.len()).filter(|i| self.conns[*i].open).collect();
+        let idle = (0..self.conns.len()).collect();
         let step = if rate > 0.0 { 1.0 / rate } else { 0.0 };
         let mut turn = Turn { start: Instant::now(), secs, step, idle, begun: 0, running: 0, total: 0, errors: 0 };
         let mut evs = vec![libc::epoll_event { events: 0, u64: 0 }; 256];
@@ -135,14 +135,13 @@ impl Load {
                 self.conns[i].busy = true;
                 (turn.begun, turn.running) = (turn.begun + 1, turn.running + 1);
             } else {
-                self.close(i);
+                self.leave(i);
                 turn.errors += 1;
             }
         }
     }
 
-    fn close(&mut self, i: usize) {
-        self.conns[i].open = false;
+    fn leave(&self, i: usize) {
         let fd = self.conns[i].s.as_raw_fd();
         unsafe { libc::epoll_ctl(self.epoll, libc::EPOLL_CTL_DEL, fd, std::ptr::null_mut()) };
     }
@@ -171,7 +170,7 @@ impl Load {
         };
         c.busy = more == Some(false);
         if more.is_none() {
-            self.close(i);
+            self.leave(i);
         }
         more
     }

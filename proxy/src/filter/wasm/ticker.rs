@@ -10,7 +10,7 @@
 
 use std::collections::HashMap;
 use std::marker::PhantomData;
-use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 use std::thread::Thread;
 use std::time::{Duration, Instant};
@@ -100,8 +100,8 @@ struct Watched {
 pub(super) struct Ticker {
     slots: Mutex<Vec<Watched>>,
     meters: Mutex<HashMap<u64, Weak<Meter>>>,
-    /// Looks at calls, none of which took long, since the last one that did or a new instance
-    calm: AtomicU32,
+    /// An instance has come since the last look
+    fresh: AtomicBool,
     asleep: AtomicBool,
     thread: OnceLock<Thread>,
 }
@@ -132,7 +132,7 @@ impl Ticker {
         let mut meters = self.meters.lock().unwrap_or_else(PoisonError::into_inner);
         meters.retain(|_, meter| meter.strong_count() > 0);
         meters.insert(meter.id, Arc::downgrade(meter));
-        self.calm.store(0, Ordering::Relaxed);
+        self.fresh.store(true, Ordering::Relaxed);
     }
 
     /// Gives every meter the time that passed. True: some instance has to wait. Also says whether there is a limit to any one's share.
@@ -171,6 +171,8 @@ struct Looks {
     last: Instant,
     /// Time without any call
     idle: Duration,
+    /// Looks at calls, none of which took long, since the last one that did or a new instance
+    calm: u32,
     /// Whose calls the last one found
     busy: Vec<u64>,
     /// How far into a tick the next call that wakes it is looked at, of [`u32::MAX`]
@@ -179,7 +181,7 @@ struct Looks {
 
 impl Looks {
     fn new(now: Instant) -> Self {
-        Self { last: now, idle: Duration::ZERO, busy: Vec::new(), phase: 0 }
+        Self { last: now, idle: Duration::ZERO, calm: 0, busy: Vec::new(), phase: 0 }
     }
 
     fn passed(&mut self, now: Instant) -> Duration {
@@ -191,15 +193,12 @@ impl Looks {
         let (stuck, active) = ticker.look(&mut self.busy);
         let passed = self.passed(now);
         let (over, limited) = ticker.count(passed, &self.busy);
-        // What one look stands for must be little beside what an instance may use.
-        let calm = if stuck || limited {
-            ticker.calm.store(0, Ordering::Relaxed);
-            0
-        } else {
-            let looks = u32::from(active);
-            ticker.calm.fetch_add(looks, Ordering::Relaxed).wrapping_add(looks)
-        };
-        let rest = match calm {
+        if ticker.fresh.swap(false, Ordering::Relaxed) {
+            self.calm = 0;
+        }
+        // Where a share is limited, what one look stands for must be little beside it.
+        self.calm = if stuck || limited { 0 } else { self.calm.saturating_add(active.into()) };
+        let rest = match self.calm {
             _ if !self.busy.is_empty() => TICK,
             TRUST.. => EASY,
             _ => CALM,
@@ -475,7 +474,7 @@ mod tests {
         assert!(!meter.over());
         assert_eq!(meter.used(), MOST);
         let limited = Meter::new(10_000);
-        limited.pass(Duration::from_secs(1), true);
+        limited.pass(MOST, true);
         assert!(!limited.over(), "one look does not use up all that it has saved");
     }
 }
