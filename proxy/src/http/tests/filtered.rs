@@ -58,6 +58,20 @@ fn a_new_path_selects_the_route_again() {
 }
 
 #[test]
+fn a_new_version_of_a_filter_serves_from_its_snapshot_on() {
+    run(async {
+        let (mut client, outbound) = two_services((":path", "/new/1")).await;
+        for version in ["/new/1", "/new/2"] {
+            client.rewriting_filter("guest", ":path", version).await;
+            for _ in 0..2 {
+                let response = get(outbound, "reviews", "/old").await;
+                assert!(response.ends_with(&format!("GET {version} HTTP/1.1")), "{version}: {response}");
+            }
+        }
+    });
+}
+
+#[test]
 fn a_new_path_that_no_route_has_is_refused() {
     run(async {
         let (_client, outbound) = two_services((":path", "/nowhere")).await;
