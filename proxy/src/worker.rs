@@ -13,7 +13,7 @@ use outrigger_core::first::ServerFirst;
 use outrigger_core::key::Key;
 use outrigger_core::quiet::Quiet;
 use outrigger_core::reason::Reason;
-use tokio::runtime::{Builder, LocalOptions};
+use tokio::runtime::{Builder, LocalOptions, LocalRuntime};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
@@ -178,6 +178,12 @@ pub struct Listeners {
     pub outbound: TcpListener,
 }
 
+/// Where a worker's tasks run, on the calling thread.
+pub(crate) fn runtime() -> io::Result<LocalRuntime> {
+    let mut builder = Builder::new_current_thread();
+    builder.enable_all().on_thread_park(crate::filter::next_turn).build_local(LocalOptions::default())
+}
+
 /// Starts one thread per pair of listeners. A thread ends when everything is cut.
 ///
 /// # Errors
@@ -186,7 +192,6 @@ pub fn start(proxy: &Arc<Proxy>, listeners: Vec<Listeners>) -> io::Result<Vec<Jo
     let (senders, receivers): (Vec<_>, Vec<_>) = listeners.iter().map(|_| mpsc::unbounded_channel()).unzip();
     let mut threads = Vec::with_capacity(listeners.len());
     for (index, (listeners, mailbox)) in listeners.into_iter().zip(receivers).enumerate() {
-        let runtime = move || Builder::new_current_thread().enable_all().build_local(LocalOptions::default());
         let (proxy, senders) = (proxy.clone(), senders.clone());
         let thread = std::thread::Builder::new().name(format!("worker-{index}")).stack_size(STACK);
         threads.push(thread.spawn(move || match runtime() {

@@ -42,7 +42,7 @@ pub enum Stop {
 ///
 /// Request filters run in order, response filters in reverse. [`Chain::done`] ends every filter exactly once, and dropping the last handle
 /// does the same with what is known by then.
-pub struct Chain(Rc<Stream>);
+pub struct Chain(pub(super) Rc<Stream>);
 
 impl std::fmt::Debug for Chain {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -106,9 +106,9 @@ impl Chain {
     }
 
     /// The request begins; true: its head has passed all filters at once, and is where it was.
-    pub fn pass_request(&self, head: &mut RequestHead, end: bool) -> bool {
+    pub async fn pass_request(&self, head: &mut RequestHead, end: bool) -> bool {
         self.0.data().begin_request(head.take(), end);
-        self.0.advance(Flow::Request);
+        self.run(Flow::Request).await;
         let mut data = self.0.data();
         data.stop.is_none() && data.take_request().map(|(passed, _)| *head = passed).is_some()
     }
@@ -130,25 +130,27 @@ impl Chain {
 
     /// The response begins: of the upstream, or made by the mesh.
     pub fn response_headers(&self, head: response::Parts, end: bool) {
-        self.0.data().begin_response(usize::MAX, head, end);
+        self.begin_response(head, end);
         self.0.run(Flow::Response);
     }
 
-    /// The response begins, and all of its body has come with it. A filter that is alone hears of everything at once, as long as it goes on, and
-    /// the head has left in between: the body, if the exchange is over with that; its head, after the mesh's last touch (which is told the
-    /// length of the body), is for [`Chain::take_response_head`]. Otherwise, what remains is for [`Chain::pour`].
-    pub fn response_whole(
-        &self,
-        head: response::Parts,
-        body: Bytes,
-        touch: fn(&mut response::Parts, usize),
-    ) -> Option<Bytes> {
+    /// The same; filters hear of it by [`Chain::run`].
+    pub fn begin_response(&self, head: response::Parts, end: bool) {
+        self.0.data().begin_response(usize::MAX, head, end);
+    }
+
+    /// The response begins, and all of its body has come with it: filters hear of it by [`Chain::run`], and [`Chain::end_whole`] says what became
+    /// of it. A filter that is alone hears of everything at once, as long as it goes on, and the head has left in between; `touch` is the
+    /// mesh's last one of the head then, and is told the length of the body.
+    pub fn begin_whole(&self, head: response::Parts, body: Bytes, touch: fn(&mut response::Parts, usize)) {
         let mut data = self.0.data();
         data.begin_response(usize::MAX, head, false);
         data.way(Flow::Response).set_rest(body);
         data.touch = Some(touch);
-        drop(data);
-        self.0.run(Flow::Response);
+    }
+
+    /// The body, if the exchange is over with that; its head is for [`Chain::take_response_head`]. Otherwise, what remains is for [`Chain::pour`].
+    pub fn end_whole(&self) -> Option<Bytes> {
         let mut data = self.0.data();
         data.touch = None;
         if data.logging { data.way(Flow::Response).take_whole() } else { None }
@@ -192,7 +194,7 @@ impl Chain {
         Some((data.response.take()?, end))
     }
 
-    /// The same, but the head stays until [`Chain::take_response_head`]: its status. Again where that has happened in [`Chain::response_whole`].
+    /// The same, but the head stays until [`Chain::take_response_head`]: its status. Again where that has happened since [`Chain::begin_whole`].
     pub fn let_go_response(&self) -> Option<StatusCode> {
         let mut data = self.0.data();
         if !data.head_sent {

@@ -6,6 +6,7 @@
 mod buffer;
 pub mod cases;
 mod chain;
+mod cohort;
 mod head;
 mod info;
 mod local;
@@ -20,6 +21,7 @@ mod way;
 
 pub use buffer::Buffer;
 pub use chain::{Chain, Frame, Stop};
+pub use cohort::next_turn;
 pub use head::RequestHead;
 pub use info::{ConnectionFacts, FilterState, StaticConnection, StreamInfo};
 pub use local::LocalResponse;

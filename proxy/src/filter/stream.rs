@@ -266,7 +266,9 @@ pub struct Stream {
     pub(crate) handles: Cell<u32>,
     /// Something was asked for from outside the chain's own callbacks
     pub(crate) signal: Cell<bool>,
-    wakers: RefCell<[Option<Waker>; 3]>,
+    /// Of the filters' run that its task waits for
+    pub(super) turn: Cell<Option<Turn>>,
+    wakers: RefCell<[Option<Waker>; 4]>,
 }
 
 impl std::fmt::Debug for Stream {
@@ -281,6 +283,15 @@ pub(crate) enum Waiter {
     Request = 0,
     Response = 1,
     Stop = 2,
+    Turn = 3,
+}
+
+/// How far a run is that an exchange left to the [cohort](super::cohort).
+pub(super) enum Turn {
+    /// It comes
+    Awaited,
+    /// It was, or panicked
+    Over(std::thread::Result<()>),
 }
 
 impl From<Flow> for Waiter {
@@ -316,6 +327,7 @@ impl Stream {
             tcp,
             handles: Cell::new(1),
             signal: Cell::new(false),
+            turn: Cell::new(None),
             wakers: RefCell::default(),
         }
     }

@@ -5,6 +5,7 @@ use std::collections::VecDeque;
 use std::rc::Rc;
 
 use bytes::Bytes;
+use futures_util::FutureExt;
 use http::{HeaderMap, HeaderValue, StatusCode};
 use proptest::prelude::*;
 
@@ -492,7 +493,9 @@ fn whole(scripts: &[Vec<u8>], body: &'static str, follows: bool) -> String {
     let chain = &bench.chain;
     let touch = |head: &mut http::response::Parts, length: usize| drop(head.headers.insert("x-length", length.into()));
     let head = http::Response::new(()).into_parts().0;
-    let (out, stop) = match chain.response_whole(head, Bytes::from_static(body.as_bytes()), touch) {
+    chain.begin_whole(head, Bytes::from_static(body.as_bytes()), touch);
+    chain.run(Flow::Response).now_or_never().unwrap();
+    let (out, stop) = match chain.end_whole() {
         Some(bytes) => (format!("{}.", std::str::from_utf8(&bytes).unwrap()), None),
         None => {
             let left = if chain.stopped() && !chain.head_sent() { None } else { chain.let_go_response() };
@@ -524,8 +527,9 @@ fn a_filter_that_is_alone_hears_a_whole_response_at_once() {
         bench.request(true);
         bench.seen();
         let head = http::Response::new(()).into_parts().0;
-        let body = bench.chain.response_whole(head, Bytes::from_static(b"hello"), |_, length| assert_eq!(length, 5));
-        (body, bench.seen())
+        bench.chain.begin_whole(head, Bytes::from_static(b"hello"), |_, length| assert_eq!(length, 5));
+        bench.chain.run(Flow::Response).now_or_never().unwrap();
+        (bench.chain.end_whole(), bench.seen())
     };
     let heard = ["a Response headers 0", "a Response body 5 0", "a Response body 0 1", "a log", "a done"];
     assert_eq!(at_once(1, true), (Some(Bytes::from_static(b"hello")), heard.map(str::to_owned).to_vec()));

@@ -56,7 +56,7 @@ impl Exchange {
         let Some(chain) = &self.chain else { return Ok(None) };
         let ClientBody::Plain(body) = &incomer.body else { return Ok(None) };
         let end = body.is_end_stream();
-        let passed = chain.pass_request(&mut incomer.head, end);
+        let passed = chain.pass_request(&mut incomer.head, end).await;
         if passed && (end || !chain.in_body(Flow::Request)) {
             return Ok(None);
         }
@@ -135,12 +135,12 @@ impl Exchange {
     ///
     /// # Errors
     /// The client's stream is to be reset.
-    pub(super) fn enter(&mut self, chain: &Chain, answer: Result<Answer, Failure>) -> Result<Entered, BodyError> {
+    pub(super) fn enter(&mut self, chain: &Chain, answer: Result<Answer, Failure>) -> Result<Entering, BodyError> {
         let upstream_address = self.upstream;
         chain.info(|info| info.upstream = upstream_address);
         match answer {
             Ok(Answer::Upstream(response, attempt)) => match self.received(response, &attempt) {
-                Ok(response) => return Ok(enter_upstream(chain, response, attempt)),
+                Ok(response) => return Ok(Entering::Begun(Begun::of(chain, response, attempt))),
                 Err(failure) => {
                     attempt.failed();
                     self.made(chain, failure);
@@ -157,7 +157,7 @@ impl Exchange {
         let outlet = Outlet::of(chain.clone());
         let deadline = self.deadline;
         let passing = Passing { outlet, attempt: None, head: None, local: true, upgraded: false, deadline };
-        Ok(Entered::Passing(Box::new(passing)))
+        Ok(Entering::Made(Box::new(passing)))
     }
 
     /// The response's head, as the filters let it go, or one of the mesh's own in its place; and whether nothing follows it. What has become of
@@ -290,39 +290,53 @@ impl Exchange {
     }
 }
 
-/// Gives an endpoint's response to the filters.
-fn enter_upstream(chain: &Chain, response: Response<Received>, attempt: Box<Attempt>) -> Entered {
-    let deadline = attempt.deadline;
-    let (head, mut body) = response.into_parts();
-    let upgraded = head.status == StatusCode::SWITCHING_PROTOCOLS;
-    let end = body.is_end_stream();
-    let passing = |inlet, attempt, head| {
+impl Begun {
+    /// Gives an endpoint's response to the filters.
+    fn of(chain: &Chain, response: Response<Received>, attempt: Box<Attempt>) -> Self {
+        let deadline = attempt.deadline;
+        let (head, mut body) = response.into_parts();
+        let upgraded = head.status == StatusCode::SWITCHING_PROTOCOLS;
+        let end = body.is_end_stream();
+        // As a rule all of a short response has come with its head.
+        let whole = if end || !chain.in_body(Flow::Response) { None } else { body.take_whole() };
+        if let Some(whole) = whole {
+            attempt.succeeded(None, Instant::now());
+            chain.begin_whole(head, whole, frame);
+            return Self::Whole { upgraded, deadline };
+        }
+        let inlet = Some(Inlet::new(Flow::Response, body, head.version));
         let outlet = Outlet { inlet, ..Outlet::of(chain.clone()) };
-        Entered::Passing(Box::new(Passing { outlet, attempt, head, local: false, upgraded, deadline }))
-    };
-    // As a rule all of a short response has come with its head.
-    let whole = if end || !chain.in_body(Flow::Response) { None } else { body.take_whole() };
-    let Some(whole) = whole else {
-        let inlet = Inlet::new(Flow::Response, body, head.version);
-        chain.response_headers(head, end);
-        return passing(Some(inlet), Some(attempt), None);
-    };
-    attempt.succeeded(None, Instant::now());
-    let frame = |head: &mut response::Parts, length| set_length(&mut head.headers, length);
-    // As a rule all of it is through: the exchange is over before the head leaves, and no filter needs a copy of that.
-    if let Some(bytes) = chain.response_whole(head, whole, frame) {
-        return Entered::Whole(bytes);
+        chain.begin_response(head, end);
+        Self::Head(Box::new(Passing { outlet, attempt: Some(attempt), head: None, local: false, upgraded, deadline }))
     }
-    let left = if chain.stopped() && !chain.head_sent() { None } else { chain.let_go_response() };
-    // Unless a filter said that there is no body.
-    if left.is_some_and(|status| status != StatusCode::NOT_MODIFIED) {
-        chain.pour();
-        if let Some(bytes) = chain.take_whole(Flow::Response) {
-            chain.finish_response(|head| frame(head, bytes.len()));
+
+    /// The filters have heard of it.
+    pub(super) fn heard(self, chain: &Chain) -> Entered {
+        let (upgraded, deadline) = match self {
+            Self::Head(passing) => return Entered::Passing(passing),
+            Self::Whole { upgraded, deadline } => (upgraded, deadline),
+        };
+        // As a rule all of it is through: the exchange is over before the head leaves, and no filter needs a copy of that.
+        if let Some(bytes) = chain.end_whole() {
             return Entered::Whole(bytes);
         }
+        let left = if chain.stopped() && !chain.head_sent() { None } else { chain.let_go_response() };
+        // Unless a filter said that there is no body.
+        if left.is_some_and(|status| status != StatusCode::NOT_MODIFIED) {
+            chain.pour();
+            if let Some(bytes) = chain.take_whole(Flow::Response) {
+                chain.finish_response(|head| frame(head, bytes.len()));
+                return Entered::Whole(bytes);
+            }
+        }
+        let head = left.and_then(|_| chain.take_response_head()).map(|head| (head, false));
+        let outlet = Outlet::of(chain.clone());
+        Entered::Passing(Box::new(Passing { outlet, attempt: None, head, local: false, upgraded, deadline }))
     }
-    passing(None, None, left.and_then(|_| chain.take_response_head()).map(|head| (head, false)))
+}
+
+fn frame(head: &mut response::Parts, length: usize) {
+    set_length(&mut head.headers, length);
 }
 
 /// The length where all of the body is known, else none; HTTP/1 sends only the trailers that are announced, and with a length none.
@@ -342,6 +356,22 @@ fn set_length(headers: &mut HeaderMap, length: usize) {
     if stated != Some(length) {
         headers.insert(CONTENT_LENGTH, HeaderValue::from(length));
     }
+}
+
+/// A response that the filters are given.
+pub(super) enum Entering {
+    /// An endpoint's: they hear of it next
+    Begun(Begun),
+    /// Of the mesh or of a filter: it has been through those that hear of it
+    Made(Box<Passing>),
+}
+
+/// An endpoint's response, of which the filters have not heard yet.
+pub(super) enum Begun {
+    /// With its body
+    Whole { upgraded: bool, deadline: Option<Instant> },
+    /// With its head
+    Head(Box<Passing>),
 }
 
 /// What has become of a response that the filters were given.

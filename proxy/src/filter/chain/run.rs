@@ -34,7 +34,7 @@ impl Stream {
     }
 
     /// Runs a direction, and the other one if a callback asked for something there.
-    pub(super) fn run(self: &Rc<Self>, flow: Flow) {
+    pub(in super::super) fn run(self: &Rc<Self>, flow: Flow) {
         self.advance(flow);
         let mut flow = flow;
         while std::mem::take(&mut self.data().again) {

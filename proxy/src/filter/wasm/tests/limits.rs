@@ -2,6 +2,8 @@
 
 use std::time::{Duration, Instant};
 
+use futures_util::FutureExt;
+
 use super::super::super::{Flow, Frame, Health, WRITE_LIMIT};
 use super::guest::{Bench, Outcome, chain, exchange, head, import, on_headers, passed, reason, reply, wat};
 
@@ -160,7 +162,9 @@ fn a_trap_in_on_log_disturbs_no_response_that_ended_in_the_same_entry() {
         assert!(passed(&chain.request_headers(&mut head(), true)));
         let before = bench.plugins.status()[0].calls;
         let bytes = bytes::Bytes::from_static(b"hello");
-        assert_eq!(chain.0.response_whole(reply(), bytes.clone(), |_, _| ()), Some(bytes));
+        chain.0.begin_whole(reply(), bytes.clone(), |_, _| ());
+        chain.0.run(Flow::Response).now_or_never().unwrap();
+        assert_eq!(chain.0.end_whole(), Some(bytes));
         assert!(!chain.0.stopped() && chain.0.take_response_head().is_some());
         chain.done();
         let row = &bench.plugins.status()[0];
