@@ -215,6 +215,7 @@ type Responded = (Response<Received>, Lease);
 pub(super) async fn direct(x: &mut Exchange, target: &Target, out: &mut Outgoing) -> Result<Answer, Failure> {
     let trusted = matches!(target.security, Security::Mtls { .. });
     x.upstream = Some(target.address);
+    x.uploaded.clone_from(&out.sent);
     // Over HTTP/2 a peer may say that it did nothing with a request that it has: only there is it needed again.
     out.once = target.wire == Wire::Http1;
     let worker = x.connection.worker.clone();
@@ -274,6 +275,7 @@ async fn send(worker: &Worker, target: &Target, out: &mut Outgoing) -> Result<Re
 
 /// Sends a routed request, as often as its plan allows.
 pub(super) async fn routed(x: &mut Exchange, call: Rc<Call>, out: &mut Outgoing) -> Result<Answer, Failure> {
+    x.uploaded.clone_from(&out.sent);
     let mut run = Run::new(x, call, out)?;
     loop {
         let target = run.pick(x)?;

@@ -1,6 +1,6 @@
 //! Bodies: what goes up, what comes down, and the buffer from which an attempt is repeated.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll};
@@ -27,8 +27,19 @@ const CONTINUE_AFTER: Duration = Duration::from_secs(1);
 #[derive(Debug)]
 pub struct RequestBody {
     source: Source,
+    count: Option<Count>,
     /// Holds the body back: `Expect: 100-continue`
     gate: Option<Pin<Box<Sleep>>>,
+}
+
+/// Bytes of a request's body that went to endpoints: the most that an attempt had.
+pub(super) type Sent = Rc<Cell<u64>>;
+
+/// What one attempt had of it.
+#[derive(Debug)]
+struct Count {
+    sent: Sent,
+    passed: u64,
 }
 
 /// A client's body.
@@ -86,17 +97,24 @@ enum Source {
 impl RequestBody {
     /// No body.
     pub fn empty() -> Self {
-        Self { source: Source::Empty, gate: None }
+        Self { source: Source::Empty, count: None, gate: None }
     }
 
     /// The client's body, passed through untouched.
     pub(super) fn client(body: ClientBody) -> Self {
-        Self { source: Source::Client(body), gate: None }
+        Self { source: Source::Client(body), count: None, gate: None }
     }
 
     /// A body that the proxy makes itself.
     pub(super) fn made(body: Made) -> Self {
-        Self { source: Source::Made(body), gate: None }
+        Self { source: Source::Made(body), count: None, gate: None }
+    }
+
+    /// Counts what is sent of it.
+    #[must_use]
+    pub(super) fn counted(mut self, sent: Sent) -> Self {
+        self.count = Some(Count { sent, passed: 0 });
+        self
     }
 
     /// The client's body, if this is it.
@@ -135,14 +153,21 @@ impl Body for RequestBody {
             std::task::ready!(gate.as_mut().poll(cx));
             self.gate = None;
         }
-        match &mut self.source {
+        let frame = match &mut self.source {
             Source::Empty => Poll::Ready(None),
             Source::Client(body) => body.poll_frame(cx),
             Source::Made(body) => body.poll_frame(cx).map(|frame| frame.map(Ok)),
             Source::Replay { buffer, position, trailers_sent, attempt } => {
                 buffer.poll_frame(cx, *attempt, position, trailers_sent)
             }
+        };
+        if let (Poll::Ready(Some(Ok(frame))), Some(count)) = (&frame, &mut self.count)
+            && let Some(data) = frame.data_ref()
+        {
+            count.passed += data.len() as u64;
+            count.sent.set(count.sent.get().max(count.passed));
         }
+        frame
     }
 
     fn is_end_stream(&self) -> bool {
@@ -209,7 +234,7 @@ impl ReplayBuffer {
         replay.attempt += 1;
         let source =
             Source::Replay { buffer: self.clone(), position: 0, trailers_sent: false, attempt: replay.attempt };
-        RequestBody { source, gate: None }
+        RequestBody { source, count: None, gate: None }
     }
 
     fn is_end(&self, position: usize, trailers_sent: bool) -> bool {

@@ -14,7 +14,7 @@ use outrigger_core::normalize::{self, Direction, trace};
 use outrigger_core::reason::Reason;
 
 use super::attempt::Attempt;
-use super::body::{BodyError, ClientBody, ResponseBody, Tail};
+use super::body::{BodyError, ClientBody, ResponseBody, Sent, Tail};
 use super::filtered::{Entered, Entering};
 use super::{
     Connection, ConnectionInfo, Way, filtered, head, inbound, outbound, respond, response as reply, serve, upgrade,
@@ -57,8 +57,11 @@ pub(super) struct Exchange {
     pub(super) reason: Option<&'static str>,
     pub(super) detail: String,
     pub(super) status: Option<StatusCode>,
+    /// Of an upgraded connection
     sent: u64,
     pub(super) received: u64,
+    /// Of the request's body
+    pub(super) uploaded: Option<Sent>,
     pub(super) access_log: AccessLog,
     trace: Option<u128>,
 }
@@ -205,6 +208,7 @@ impl Exchange {
             status: None,
             sent: 0,
             received: 0,
+            uploaded: None,
             access_log: AccessLog::Errors,
             trace: None,
             connection,
@@ -428,7 +432,7 @@ impl Exchange {
             route: &self.route,
             attempts: self.attempts,
             duration: now.saturating_duration_since(self.start),
-            sent: self.sent,
+            sent: self.sent + self.uploaded.as_ref().map_or(0, |sent| sent.get()),
             received: self.received,
             trace: self.trace,
         };

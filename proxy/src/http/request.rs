@@ -8,7 +8,7 @@ use hyper::upgrade::OnUpgrade;
 use outrigger_core::link::Protocol;
 use outrigger_core::normalize::Canonical;
 
-use super::body::{ClientBody, ReplayBuffer, RequestBody};
+use super::body::{ClientBody, ReplayBuffer, RequestBody, Sent};
 use super::made::Made;
 use crate::filter::RequestHead;
 use crate::upstream::Wire;
@@ -23,6 +23,8 @@ pub(super) struct Outgoing {
     pub(super) head: RequestHead,
     pub(super) body: Sendable,
     pub(super) upgrade: Option<OnUpgrade>,
+    /// What went of the body, if there is one
+    pub(super) sent: Option<Sent>,
     /// There is no other attempt, whatever happens, unless the request comes back unsent
     pub(super) once: bool,
     /// The headers went with an attempt over HTTP/2
@@ -98,13 +100,18 @@ impl Outgoing {
     /// From a normalised request.
     pub(super) fn new(head: RequestHead, canonical: &Canonical, body: ClientBody, upgrade: Option<OnUpgrade>) -> Self {
         let upgrade = upgrade.filter(|_| canonical.upgrade);
-        Self { head, body: Sendable::new(body), upgrade, once: false, gone: false, trailers: canonical.trailers }
+        Self::of(head, Sendable::new(body), upgrade, canonical)
     }
 
     /// From a normalised head and a body that the proxy makes.
     pub(super) fn made(head: request::Parts, canonical: &Canonical, body: Made) -> Self {
         let body = if body.is_end() { Sendable::Empty } else { Sendable::Made(body) };
-        Self { head: head.into(), body, upgrade: None, once: false, gone: false, trailers: canonical.trailers }
+        Self::of(head.into(), body, None, canonical)
+    }
+
+    fn of(head: RequestHead, body: Sendable, upgrade: Option<OnUpgrade>, canonical: &Canonical) -> Self {
+        let sent = (!matches!(body, Sendable::Empty)).then(Sent::default);
+        Self { head, body, upgrade, sent, once: false, gone: false, trailers: canonical.trailers }
     }
 
     /// Whether an attempt could have the whole request now.
@@ -128,6 +135,10 @@ impl Outgoing {
     /// The body of one attempt. `None`: it is gone.
     pub(super) fn attempt(&mut self) -> Option<RequestBody> {
         let body = if self.gone { None } else { self.body.take() }?;
+        let body = match &self.sent {
+            Some(sent) => body.counted(sent.clone()),
+            None => body,
+        };
         // With `Expect: 100-continue` the client's body is asked for only when the endpoint asks for it.
         let expect = self.head.headers.get(EXPECT).filter(|_| !body.is_end_stream());
         let waits = expect.is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(b"100-continue"));

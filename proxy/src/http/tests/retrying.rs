@@ -136,7 +136,7 @@ fn a_stream_above_a_goaway_is_repeated_on_a_new_connection() {
 #[test]
 fn a_body_above_the_replay_buffer_is_sent_once() {
     run(async {
-        for (size, attempts) in [(60 * 1024, 3), (100 * 1024, 1)] {
+        for (method, size, attempts) in [("PUT", 60 * 1024, 3), ("PUT", 100 * 1024, 1), ("POST", 1024, 1)] {
             let bodies = Rc::new(RefCell::new(Vec::new()));
             let seen = bodies.clone();
             let app = app(move |request| {
@@ -144,11 +144,13 @@ fn a_body_above_the_replay_buffer_is_sent_once() {
                 "HTTP/1.1 503 No\r\ncontent-length: 0\r\n\r\n".into()
             })
             .await;
-            let (_client, outbound) = direct(app, Version::Http1, retries()).await;
-            let head = format!("PUT / HTTP/1.1\r\nhost: reviews\r\ncontent-length: {size}\r\n\r\n");
+            let (client, outbound) = direct(app, Version::Http1, retries()).await;
+            let head = format!("{method} / HTTP/1.1\r\nhost: reviews\r\ncontent-length: {size}\r\n\r\n");
             let response = exchange(outbound, &(head + &"x".repeat(size))).await;
             assert!(response.starts_with("HTTP/1.1 503 "), "{response}");
             assert_eq!(*bodies.borrow(), vec![size; attempts]);
+            // As often as it went out: what the client sent.
+            assert_eq!(client.logged("outbound")["sent"], size);
         }
     });
 }
