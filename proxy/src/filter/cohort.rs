@@ -21,7 +21,6 @@ const FEW: u32 = 3;
 const MOST: usize = 64;
 
 /// Of one worker.
-#[derive(Default)]
 struct Cohort {
     /// Messages that came to filters in this turn, and in the one before
     now: Cell<u32>,
