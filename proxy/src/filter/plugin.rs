@@ -165,6 +165,12 @@ impl Plugin {
         slow.last_error = Some(reason);
     }
 
+    /// Callbacks so far.
+    #[cfg(test)]
+    pub(crate) fn calls(&self) -> u64 {
+        self.row(Instant::now()).calls
+    }
+
     fn row(&self, now: Instant) -> StatusRow {
         let mut slow = lock(&self.slow);
         slow.settle();

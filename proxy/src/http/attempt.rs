@@ -35,6 +35,8 @@ pub(super) struct Attempt {
     trusted: bool,
     /// What the response's head says of the endpoint; trailers may say worse
     outcome: Outcome,
+    /// How it ended has been told
+    told: bool,
     /// When the whole request has to be over
     pub(super) deadline: Option<Instant>,
     /// The client's side of an upgrade
@@ -115,13 +117,8 @@ impl Attempt {
     }
 
     /// The endpoint broke the response off.
-    pub(super) fn failed(self) {
+    pub(super) fn failed(mut self) {
         self.report(Outcome::Failure, Instant::now());
-    }
-
-    /// The client went away before the end: that says nothing about the endpoint.
-    pub(super) fn cancelled(self) {
-        self.report(Outcome::Neutral, Instant::now());
     }
 
     /// An upgrade: the endpoint answered, which is all that counts of it.
@@ -142,7 +139,11 @@ impl Attempt {
         self.lease.as_ref()?.peer()
     }
 
-    fn report(&self, outcome: Outcome, now: Instant) {
+    /// Once.
+    fn report(&mut self, outcome: Outcome, now: Instant) {
+        if std::mem::replace(&mut self.told, true) {
+            return;
+        }
         let Some(chosen) = &self.chosen else { return };
         chosen.call.record(&chosen.worker.load, &chosen.guard, outcome, now);
         let word = match outcome {
@@ -152,6 +153,15 @@ impl Attempt {
             Outcome::Neutral => "cancelled",
         };
         chosen.worker.metrics.add_known(Metric::Attempts, [Known::Shared(&chosen.call.service), Known::Word(word)], 1);
+    }
+}
+
+impl Drop for Attempt {
+    /// The client went away before the end, or nobody wanted it: that says nothing about the endpoint.
+    fn drop(&mut self) {
+        if !self.told {
+            self.report(Outcome::Neutral, Instant::now());
+        }
     }
 }
 
@@ -225,8 +235,8 @@ pub(super) async fn direct(x: &mut Exchange, target: &Target, out: &mut Outgoing
         match send(&worker, target, out).await {
             Ok((response, lease)) => {
                 let (lease, upgrade) = (Some(lease), out.upgrade.take());
-                let attempt =
-                    Attempt { chosen: None, lease, trusted, outcome: Outcome::Success, deadline: None, upgrade };
+                let outcome = Outcome::Success;
+                let attempt = Attempt { chosen: None, lease, trusted, outcome, told: false, deadline: None, upgrade };
                 return Ok(Answer::Upstream(response, Box::new(attempt)));
             }
             Err(Failed { kind: retry::Failure::Unprocessed, .. }) if out.replayable() => {}
@@ -395,7 +405,8 @@ impl<'a> Run<'a> {
                 let chosen = Chosen { guard, call, worker, _request: request, _retry: retry };
                 let upgrade = self.out.upgrade.take();
                 let (chosen, lease, deadline) = (Some(chosen), Some(lease), self.deadline);
-                Ok(Answer::Upstream(response, Box::new(Attempt { chosen, lease, trusted, outcome, deadline, upgrade })))
+                let attempt = Attempt { chosen, lease, trusted, outcome, told: false, deadline, upgrade };
+                Ok(Answer::Upstream(response, Box::new(attempt)))
             }
             Err(failed) => {
                 self.call.record(&self.worker.load, &guard, outcome, now);

@@ -240,7 +240,7 @@ impl Exchange {
             let deadline = attempt.deadline;
             match response.into_body().take_whole() {
                 Some(_) => attempt.succeeded(None, Instant::now()),
-                None => attempt.cancelled(),
+                None => drop(attempt),
             }
             shed::hold(&self.connection.worker, deadline).await;
         }
@@ -474,14 +474,14 @@ impl Drop for Exchange {
 
 /// Watches the response's body for the exchange and its last attempt.
 pub(super) struct ExchangeTail {
-    exchange: Box<Exchange>,
+    /// Until it ends. Dropped before the exchange, which counts the request
     attempt: Option<Box<Attempt>>,
-    ended: bool,
+    exchange: Box<Exchange>,
 }
 
 impl ExchangeTail {
     pub(super) fn new(exchange: Box<Exchange>, attempt: Option<Box<Attempt>>) -> Self {
-        Self { exchange, attempt, ended: false }
+        Self { attempt, exchange }
     }
 }
 
@@ -491,7 +491,6 @@ impl Tail for ExchangeTail {
     }
 
     fn end(&mut self, trailers: Option<&HeaderMap>) {
-        self.ended = true;
         let now = Instant::now();
         self.exchange.end = Some(now);
         if let Some(attempt) = self.attempt.take() {
@@ -504,7 +503,6 @@ impl Tail for ExchangeTail {
             // What the client broke off itself ends as what it gives up.
             return;
         }
-        self.ended = true;
         self.exchange.reason = Some(Reason::UpstreamReset.code());
         self.exchange.detail.push_str(BROKEN_OFF);
         if let Some(attempt) = self.attempt.take() {
@@ -513,18 +511,9 @@ impl Tail for ExchangeTail {
     }
 
     fn timed_out(&mut self) {
-        self.ended = true;
         self.exchange.reason = Some(Reason::RequestTimeout.code());
         if let Some(attempt) = self.attempt.take() {
             attempt.failed();
-        }
-    }
-}
-
-impl Drop for ExchangeTail {
-    fn drop(&mut self) {
-        if let Some(attempt) = self.attempt.take().filter(|_| !self.ended) {
-            attempt.cancelled();
         }
     }
 }

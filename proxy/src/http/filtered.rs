@@ -187,8 +187,7 @@ impl Exchange {
             match (attempt.take(), &lost) {
                 (Some(attempt), Lost::Broken(error)) if !upstream::is_of_the_request(error) => attempt.failed(),
                 // The endpoint's response is not wanted any more; that says nothing of the endpoint.
-                (Some(attempt), _) => attempt.cancelled(),
-                (None, _) => {}
+                (attempt, _) => drop(attempt),
             }
             match lost {
                 Lost::Stopped(stop) => self.stopped(&chain, stop)?,

@@ -328,6 +328,25 @@ fn a_response_that_breaks_off_while_a_filter_holds_it_is_the_endpoints_failure()
     });
 }
 
+#[test]
+fn an_attempt_whose_client_goes_while_a_filter_holds_the_response_is_cancelled() {
+    run(async {
+        let (listener, app) = listen().await;
+        let (client, outbound) = behind(app, &CROSSING.replace("HOLDS", "1")).await;
+        let mut stream = tokio::net::TcpStream::connect(outbound).await.unwrap();
+        tokio::io::AsyncWriteExt::write_all(&mut stream, b"GET / HTTP/1.1\r\nhost: reviews\r\n\r\n").await.unwrap();
+        let (mut endpoint, _) = within(listener.accept()).await.unwrap();
+        read_message(&mut endpoint).await.unwrap();
+        let plugin = client.worker.snapshot().filters["filter/demo/guest"].plugin.clone().unwrap();
+        let begun = plugin.calls();
+        endpoint.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 10\r\n\r\nhalf").await.unwrap();
+        until("the filter has it", || plugin.calls() > begun).await;
+        drop(stream);
+        let cancelled = || client.total(Metric::Attempts, &["demo/reviews", "cancelled"]);
+        until("the attempt is told", || cancelled() == 1).await;
+    });
+}
+
 /// Pauses the response's headers until the request has ended; an `x` in the request's body traps.
 const CROSSING: &str = r#"(module
     (import "env" "proxy_get_buffer_bytes" (func $get (param i32 i32 i32 i32 i32) (result i32)))
