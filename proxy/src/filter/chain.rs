@@ -347,11 +347,7 @@ impl Chain {
 
     /// Does what was asked for from outside the filters' own callbacks. Callers do so whenever they are woken.
     pub fn settle(&self) {
-        if self.0.signal.replace(false) {
-            self.0.look_for_losses();
-            self.0.run(Flow::Request);
-            self.0.run(Flow::Response);
-        }
+        self.0.settle();
     }
 
     /// Who waits for what comes out of a direction.

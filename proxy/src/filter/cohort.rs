@@ -61,7 +61,11 @@ async fn run() {
     while waiting.len() > 0 {
         for (stream, flow) in waiting.by_ref().take(MOST) {
             // A fault of the proxy's is that exchange's own, and none of the others'.
-            let result = catch_unwind(AssertUnwindSafe(|| stream.run(flow)));
+            let result = catch_unwind(AssertUnwindSafe(|| {
+                // An instance may have ended in one that ran just now: the others of it are told before they come to it.
+                stream.settle();
+                stream.run(flow);
+            }));
             stream.turn.set(Some(Turn::Over(result)));
             stream.wake(Waiter::Turn);
         }

@@ -45,6 +45,15 @@ impl Stream {
         }
     }
 
+    /// Does what was asked for from outside the filters' own callbacks.
+    pub(in super::super) fn settle(self: &Rc<Self>) {
+        if self.signal.replace(false) {
+            self.look_for_losses();
+            self.run(Flow::Request);
+            self.run(Flow::Response);
+        }
+    }
+
     /// Moves everything of a direction as far as it goes.
     #[inline(never)] // Of both directions: fetched once.
     pub(super) fn advance(self: &Rc<Self>, flow: Flow) {
@@ -169,7 +178,7 @@ impl Stream {
     }
 
     /// Instances that ended, and wishes of paused filters.
-    pub(super) fn look_for_losses(self: &Rc<Self>) {
+    fn look_for_losses(self: &Rc<Self>) {
         let count = self.data().slots.len();
         for index in 0..count {
             let Some(mut filter) = self.take_filter(index) else { continue };

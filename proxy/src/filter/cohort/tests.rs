@@ -18,13 +18,23 @@ struct Scribe {
     log: Log,
     /// A fault of the proxy's
     panics: bool,
+    /// It ends its instance, in which another exchange is as well
+    ends: Option<Rc<Stream>>,
 }
 
 impl Filter for Scribe {
     fn on(&mut self, flow: Flow, _: Event, _: &View) -> Action {
         self.log.borrow_mut().push(format!("{flow:?} {}", self.number));
         assert!(!self.panics, "as it was told to");
+        if let Some(other) = &self.ends {
+            other.notify();
+        }
         Action::Continue
+    }
+
+    fn lost(&mut self, _: &View) -> Option<Action> {
+        self.log.borrow_mut().push(format!("lost {}", self.number));
+        Some(Action::Continue)
     }
 
     fn log(&mut self, _: &View) {}
@@ -43,7 +53,7 @@ impl Filter for Scribe {
 }
 
 fn chain(log: &Log, number: u32, panics: bool) -> Chain {
-    let filter: Box<dyn Filter> = Box::new(Scribe { number, log: log.clone(), panics });
+    let filter: Box<dyn Filter> = Box::new(Scribe { number, log: log.clone(), panics, ends: None });
     Chain::of(Filters::from_iter([filter]), StreamInfo::default())
 }
 
@@ -120,6 +130,21 @@ fn one_that_is_given_up_while_it_waits_holds_up_nobody() {
         assert!(exchange(log, 2, false).await.unwrap());
     });
     assert_eq!(told, ["done 1", "comes 2", "Request 2", "goes 2", "done 2"]);
+}
+
+#[test]
+fn one_whose_instance_ends_in_another_is_told_before_its_turn() {
+    let told = after(FEW, async |log: &Log| {
+        let other = chain(log, 2, false);
+        let filter: Box<dyn Filter> =
+            Box::new(Scribe { number: 1, log: log.clone(), panics: false, ends: Some(other.0.clone()) });
+        let ending = Chain::of(Filters::from_iter([filter]), StreamInfo::default());
+        let (mut first, mut second) = (head(), head());
+        let both =
+            futures_util::future::join(ending.pass_request(&mut first, true), other.pass_request(&mut second, true));
+        assert_eq!(both.await, (true, true));
+    });
+    assert_eq!(told[..2], ["Request 1", "lost 2"], "{told:?}");
 }
 
 #[test]
