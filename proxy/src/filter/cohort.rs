@@ -11,7 +11,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::rc::Rc;
 use std::task::Poll;
 
-use super::stream::{Turn, Waiter};
+use super::stream::Waiter;
 use super::{Chain, Flow, Stream};
 
 /// Messages in one turn from which on those of the next one wait for each other. To wait is to be polled once more, which is worth it from two or
@@ -39,39 +39,45 @@ pub fn next_turn() {
 }
 
 impl Cohort {
-    /// One more message. True: others are on their way.
-    fn meets(&self) -> bool {
+    /// One more message. True: others are on their way, and it waits for them.
+    fn takes(&self, stream: &Rc<Stream>, flow: Flow) -> bool {
         self.now.set(self.now.get() + 1);
-        self.before.get() >= FEW
-    }
-
-    fn join(&self, stream: &Rc<Stream>, flow: Flow) {
-        stream.turn.set(Some(Turn::Awaited));
+        if self.before.get() < FEW {
+            return false;
+        }
         let mut waiting = self.waiting.borrow_mut();
         if waiting.is_empty() {
             // Behind all tasks that this turn has found so far.
             tokio::task::spawn_local(run());
         }
         waiting.push((Rc::clone(stream), flow));
+        true
     }
 }
 
 async fn run() {
-    let mut waiting = COHORT.with(|cohort| cohort.waiting.take()).into_iter();
-    while waiting.len() > 0 {
+    // The next one is about as large.
+    let waiting = COHORT.with(|cohort| cohort.waiting.replace_with(|waiting| Vec::with_capacity(waiting.len())));
+    let mut waiting = waiting.into_iter();
+    loop {
         for (stream, flow) in waiting.by_ref().take(MOST) {
             // A fault of the proxy's is that exchange's own, and none of the others'.
-            let result = catch_unwind(AssertUnwindSafe(|| {
-                // An instance may have ended in one that ran just now: the others of it are told before they come to it.
-                stream.settle();
-                stream.run(flow);
-            }));
-            stream.turn.set(Some(Turn::Over(result)));
+            let result = catch_unwind(AssertUnwindSafe(|| stream.take_turn(flow)));
+            stream.ran.set(Some(result));
             stream.wake(Waiter::Turn);
         }
-        if waiting.len() > 0 {
-            tokio::task::yield_now().await;
+        if waiting.len() == 0 {
+            return;
         }
+        tokio::task::yield_now().await;
+    }
+}
+
+impl Stream {
+    fn take_turn(self: &Rc<Self>, flow: Flow) {
+        // An instance may have ended in another exchange since this one looked: what is lost with it is told before it is met.
+        self.settle();
+        self.run(flow);
     }
 }
 
@@ -79,17 +85,15 @@ impl Chain {
     /// Runs a direction, now or in its turn: when other exchanges have come as far.
     pub async fn run(&self, flow: Flow) {
         let stream = &self.0;
-        if !COHORT.with(Cohort::meets) {
-            return stream.run(flow);
+        if !COHORT.with(|cohort| cohort.takes(stream, flow)) {
+            return stream.take_turn(flow);
         }
-        COHORT.with(|cohort| cohort.join(stream, flow));
-        let result = poll_fn(|cx| match stream.turn.take() {
-            Some(Turn::Over(result)) => Poll::Ready(result),
-            turn => {
-                stream.turn.set(turn);
+        let result = poll_fn(|cx| {
+            let ran = stream.ran.take();
+            if ran.is_none() {
                 stream.register(Waiter::Turn, cx.waker());
-                Poll::Pending
             }
+            ran.map_or(Poll::Pending, Poll::Ready)
         });
         result.await.unwrap_or_else(|panic| resume_unwind(panic));
     }

@@ -266,8 +266,8 @@ pub struct Stream {
     pub(crate) handles: Cell<u32>,
     /// Something was asked for from outside the chain's own callbacks
     pub(crate) signal: Cell<bool>,
-    /// Of the filters' run that its task waits for
-    pub(super) turn: Cell<Option<Turn>>,
+    /// How the run went that its task left to the [cohort](super::cohort): well, or it panicked
+    pub(super) ran: Cell<Option<std::thread::Result<()>>>,
     wakers: RefCell<[Option<Waker>; 4]>,
 }
 
@@ -284,14 +284,6 @@ pub(crate) enum Waiter {
     Response = 1,
     Stop = 2,
     Turn = 3,
-}
-
-/// How far a run is that an exchange left to the [cohort](super::cohort).
-pub(super) enum Turn {
-    /// It comes
-    Awaited,
-    /// It was, or panicked
-    Over(std::thread::Result<()>),
 }
 
 impl From<Flow> for Waiter {
@@ -327,7 +319,7 @@ impl Stream {
             tcp,
             handles: Cell::new(1),
             signal: Cell::new(false),
-            turn: Cell::new(None),
+            ran: Cell::new(None),
             wakers: RefCell::default(),
         }
     }

@@ -139,11 +139,8 @@ impl Attempt {
         self.lease.as_ref()?.peer()
     }
 
-    /// Once.
     fn report(&mut self, outcome: Outcome, now: Instant) {
-        if std::mem::replace(&mut self.told, true) {
-            return;
-        }
+        self.told = true;
         let Some(chosen) = &self.chosen else { return };
         chosen.call.record(&chosen.worker.load, &chosen.guard, outcome, now);
         let word = match outcome {

@@ -15,11 +15,11 @@ use outrigger_core::reason::Reason;
 
 use super::attempt::Attempt;
 use super::body::{BodyError, ClientBody, ResponseBody, Sent, Tail};
-use super::filtered::{Entered, Entering};
+use super::filtered::Entered;
 use super::{
     Connection, ConnectionInfo, Way, filtered, head, inbound, outbound, respond, response as reply, serve, upgrade,
 };
-use crate::filter::{Chain, Flow, RequestHead, StreamInfo};
+use crate::filter::{Chain, RequestHead, StreamInfo};
 use crate::log::Entry;
 use crate::metrics::{Known, Metric};
 use crate::shed::{self, Refusal};
@@ -165,14 +165,7 @@ pub(super) async fn handle(
         answer = Err(Box::pin(exchange.refused(answer)).await);
     }
     let Some(chain) = exchange.chain.clone() else { return exchange.conclude(answer, &hops, running) };
-    let entered = match exchange.enter(&chain, answer)? {
-        Entering::Made(passing) => Entered::Passing(passing),
-        Entering::Begun(begun) => {
-            chain.run(Flow::Response).await;
-            begun.heard(&chain)
-        }
-    };
-    match entered {
+    match exchange.enter(&chain, answer)?.heard(&chain).await {
         Entered::Whole(bytes) => exchange.respond_whole(&chain, bytes, &hops, running),
         Entered::Passing(passing) => Box::pin(exchange.respond_through(passing, &hops, running)).await,
     }

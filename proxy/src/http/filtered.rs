@@ -135,12 +135,12 @@ impl Exchange {
     ///
     /// # Errors
     /// The client's stream is to be reset.
-    pub(super) fn enter(&mut self, chain: &Chain, answer: Result<Answer, Failure>) -> Result<Entering, BodyError> {
+    pub(super) fn enter(&mut self, chain: &Chain, answer: Result<Answer, Failure>) -> Result<Begun, BodyError> {
         let upstream_address = self.upstream;
         chain.info(|info| info.upstream = upstream_address);
         match answer {
             Ok(Answer::Upstream(response, attempt)) => match self.received(response, &attempt) {
-                Ok(response) => return Ok(Entering::Begun(Begun::of(chain, response, attempt))),
+                Ok(response) => return Ok(Begun::of(chain, response, attempt)),
                 Err(failure) => {
                     attempt.failed();
                     self.made(chain, failure);
@@ -157,7 +157,7 @@ impl Exchange {
         let outlet = Outlet::of(chain.clone());
         let deadline = self.deadline;
         let passing = Passing { outlet, attempt: None, head: None, local: true, upgraded: false, deadline };
-        Ok(Entering::Made(Box::new(passing)))
+        Ok(Begun::Made(Box::new(passing)))
     }
 
     /// The response's head, as the filters let it go, or one of the mesh's own in its place; and whether nothing follows it. What has become of
@@ -309,10 +309,13 @@ impl Begun {
         Self::Head(Box::new(Passing { outlet, attempt: Some(attempt), head: None, local: false, upgraded, deadline }))
     }
 
-    /// The filters have heard of it.
-    pub(super) fn heard(self, chain: &Chain) -> Entered {
+    /// Once the filters have heard of it.
+    pub(super) async fn heard(self, chain: &Chain) -> Entered {
+        if !matches!(self, Self::Made(_)) {
+            chain.run(Flow::Response).await;
+        }
         let (upgraded, deadline) = match self {
-            Self::Head(passing) => return Entered::Passing(passing),
+            Self::Head(passing) | Self::Made(passing) => return Entered::Passing(passing),
             Self::Whole { upgraded, deadline } => (upgraded, deadline),
         };
         // As a rule all of it is through: the exchange is over before the head leaves, and no filter needs a copy of that.
@@ -358,19 +361,13 @@ fn set_length(headers: &mut HeaderMap, length: usize) {
 }
 
 /// A response that the filters are given.
-pub(super) enum Entering {
-    /// An endpoint's: they hear of it next
-    Begun(Begun),
+pub(super) enum Begun {
+    /// An endpoint's, with its body; they have not heard of it yet
+    Whole { upgraded: bool, deadline: Option<Instant> },
+    /// An endpoint's, with its head; likewise
+    Head(Box<Passing>),
     /// Of the mesh or of a filter: it has been through those that hear of it
     Made(Box<Passing>),
-}
-
-/// An endpoint's response, of which the filters have not heard yet.
-pub(super) enum Begun {
-    /// With its body
-    Whole { upgraded: bool, deadline: Option<Instant> },
-    /// With its head
-    Head(Box<Passing>),
 }
 
 /// What has become of a response that the filters were given.

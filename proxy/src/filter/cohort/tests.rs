@@ -140,22 +140,22 @@ fn one_whose_instance_ends_in_another_is_told_before_its_turn() {
             Box::new(Scribe { number: 1, log: log.clone(), panics: false, ends: Some(other.0.clone()) });
         let ending = Chain::of(Filters::from_iter([filter]), StreamInfo::default());
         let (mut first, mut second) = (head(), head());
-        let both =
-            futures_util::future::join(ending.pass_request(&mut first, true), other.pass_request(&mut second, true));
-        assert_eq!(both.await, (true, true));
+        let both = (ending.pass_request(&mut first, true), other.pass_request(&mut second, true));
+        let wait = async { log.borrow_mut().push("both wait".into()) };
+        assert_eq!(futures_util::future::join3(both.0, both.1, wait).await, (true, true, ()));
     });
-    assert_eq!(told[..2], ["Request 1", "lost 2"], "{told:?}");
+    assert_eq!(told[..3], ["both wait", "Request 1", "lost 2"], "{told:?}");
 }
 
 #[test]
 fn a_panic_is_its_own_exchanges() {
     let told = after(FEW, async |log: &Log| {
-        let exchanges = [exchange(log, 1, true), exchange(log, 2, false)];
-        let [first, second] = exchanges;
+        let (first, second) = (exchange(log, 1, true), exchange(log, 2, false));
         let panicked = first.await.unwrap_err().try_into_panic().unwrap();
         assert_eq!(panicked.downcast_ref::<&str>(), Some(&"as it was told to"));
         assert!(second.await.unwrap());
     });
+    assert_eq!(told[..3], ["comes 1", "comes 2", "Request 1"], "both wait");
     assert!(!told.contains(&"goes 1".to_owned()), "{told:?}");
 }
 
@@ -168,8 +168,10 @@ fn of_a_great_many_some_run_before_the_rest() {
             assert!(exchange.await.unwrap());
         }
     });
-    let place = |what: &str| told.iter().position(|one| one == what).unwrap();
-    assert!(place("Request 63") < place("goes 0") && place("goes 63") < place("Request 64"), "{told:?}");
+    let place = |what: String| told.iter().position(|one| *one == what).unwrap();
+    let last = many - 2;
+    assert!(place(format!("Request {last}")) < place("goes 0".into()), "{told:?}");
+    assert!(place(format!("goes {last}")) < place(format!("Request {}", many - 1)), "{told:?}");
 }
 
 #[test]
